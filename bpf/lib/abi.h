@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * abi.h - the contract between the BPF programs and the agent: every key, value, enum and flag.
+ *
+ * clang compiles it into the programs and cffi parses it into the agent, so no layout is typed twice.
+ * Rules that keep both readers happy: fixed-width types only, byte order in the type, every padding
+ * byte named and always zero, no bit-fields, no #define values, no attributes. Include guards are the
+ * only preprocessor lines. Enums are append-only: the numbers are stored in pinned maps.
+ */
+#ifndef EBPFPROXY_ABI_H
+#define EBPFPROXY_ABI_H
+
+/* Raised when a layout below changes; a program and an agent of different numbers refuse each other. */
+enum abi {
+	ABI_VERSION = 1,
+};
+
+enum limits {
+	/* A DNS label is at most 63 bytes (RFC 1035 2.3.4): namespace/name:port and a NUL. */
+	SERVICE_NAME_MAX = 192,
+	/* Length of the version stamp in struct config, NUL included. */
+	STAMP_MAX = 40,
+};
+
+/* An IP address in network byte order; IPv4 as ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
+struct addr {
+	__be32 w[4];
+};
+
+/* Load-time constants. Lives in .rodata (libbpf) or in the source text (bcc). */
+struct config {
+	__u32 abi;			/* ABI_VERSION at compile time */
+	__u16 node_port_min;		/* host byte order, inclusive */
+	__u16 node_port_max;		/* host byte order, inclusive; 0 = no NodePorts */
+	__u64 host_netns;		/* cookie of the node's own network namespace */
+	__u64 udp_idle_ns;		/* a UDP socket keeps its backend this long without traffic */
+	__u8 stamp[STAMP_MAX];		/* package version + abi checksum, NUL terminated */
+};
+
+/* Which traffic policy applies: where did the packet or call come from? */
+enum scope {
+	SCOPE_INTERNAL = 0,		/* this node or its pods */
+	SCOPE_EXTERNAL = 1,		/* anywhere else */
+};
+
+/* What an address is to us; bits of struct vip.kinds. */
+enum vip_kind {
+	VIP_CLUSTER_IP = 1,
+	VIP_EXTERNAL_IP = 2,
+	VIP_LOAD_BALANCER = 4,
+	VIP_NODE = 8,			/* an address of this node that serves NodePorts */
+	VIP_LOCAL = 16,			/* an address of this node: never reject its unused ports */
+};
+
+/* Value of map vips. Key: struct addr. 127.0.0.0/8 is looked up as 127.0.0.1. */
+struct vip {
+	__u32 kinds;			/* bits of enum vip_kind */
+};
+
+/* Key of map services: one frontend. */
+struct service_key {
+	struct addr vip;		/* all zero (v6) or ::ffff:0.0.0.0 (v4) = any VIP_NODE address: a NodePort */
+	__be16 port;
+	__u8 proto;			/* IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP */
+	__u8 scope;			/* enum scope */
+};
+
+enum scheduler {
+	SCHED_RANDOM = 0,
+	SCHED_RR = 1,
+	SCHED_WRR = 2,
+	SCHED_SH = 3,			/* source address hash */
+	SCHED_DH = 4,			/* destination address hash */
+	SCHED_MAGLEV = 5,		/* flow hash into a Maglev table */
+	SCHED_LC = 6,
+	SCHED_WLC = 7,
+	SCHED_SED = 8,
+	SCHED_NQ = 9,
+};
+
+enum service_flag {
+	SERVICE_DROP_EMPTY = 1,		/* slot_count 0: drop instead of reject (policy Local, none local) */
+	SERVICE_LOCAL = 2,		/* traffic policy Local made this set */
+	SERVICE_SOURCE_RANGES = 4,	/* only sources in map source_ranges may enter here */
+};
+
+/* Value of map services. One update of it switches a frontend to another set of backends. */
+struct service {
+	__u32 id;			/* index of service_names and service_stats; 0 = none */
+	__u32 slot_base;
+	__u32 slot_count;		/* 0 = no usable backend */
+	__u32 affinity_s;		/* ClientIP timeout in seconds, 0 = no affinity */
+	__u8 scheduler;			/* enum scheduler */
+	__u8 flags;			/* bits of enum service_flag */
+	__u8 kind;			/* the one enum vip_kind bit of this frontend (VIP_NODE = NodePort) */
+	__u8 pad;
+};
+
+enum backend_state {
+	BACKEND_FREE = 0,		/* the id is not in use */
+	BACKEND_READY = 1,
+	BACKEND_TERMINATING = 2,	/* terminating and still serving: used when none is ready */
+	BACKEND_NOT_READY = 3,		/* neither: established connections go on, no new ones */
+	BACKEND_GONE = 4,		/* removed; the id is kept until nothing refers to it */
+};
+
+enum backend_flag {
+	BACKEND_LOCAL = 1,		/* on this node */
+	BACKEND_HINT_ELSEWHERE = 2,	/* left out of policy Cluster by its topology hint */
+};
+
+/* Value of array backends; the index is the backend id, 0 is never used. */
+struct backend {
+	struct addr address;
+	__be16 port;
+	__u8 proto;			/* IPPROTO_* */
+	__u8 state;			/* enum backend_state */
+	__u32 service;			/* id of the service it belongs to */
+	__u16 weight;			/* 0 drains */
+	__u8 flags;			/* bits of enum backend_flag */
+	__u8 pad[5];
+};
+
+/* Value of array backend_stats, same index as backends. Written by the programs. */
+struct backend_stats {
+	__u64 connections;		/* new connections ever sent here */
+	__s64 open;			/* open now; what lc, wlc, sed and nq compare */
+};
+
+/* Value of array service_stats, index = service id. Written by the programs. */
+struct service_stats {
+	__u64 connections;		/* new connections accepted */
+	__u64 refused;			/* new connections rejected or dropped */
+	__u64 next;			/* round-robin position */
+};
+
+/* Value of hash service_names, key = service id (__u32): ids survive restarts by it. */
+struct service_name {
+	char text[SERVICE_NAME_MAX];	/* namespace/name:port, or namespace/name for an unnamed port */
+	__u8 proto;			/* IPPROTO_* */
+	__u8 family;			/* 4 | 6 */
+	__u8 pad[2];
+};
+
+enum socket_kind {
+	SOCKET_CONNECTED = 0,		/* addr, port zero: the one peer of a connected socket */
+	SOCKET_TO_VIP = 1,		/* addr = VIP: the backend an unconnected socket was given */
+	SOCKET_FROM_BACKEND = 2,	/* addr = backend: the VIP that recvmsg must show */
+};
+
+/* Key of LRU map sockets: what a local socket was told, by socket cookie. */
+struct socket_key {
+	__u64 cookie;
+	struct addr addr;
+	__be16 port;
+	__u8 proto;			/* IPPROTO_* */
+	__u8 kind;			/* enum socket_kind */
+	__u8 pad[4];
+};
+
+/* Value of LRU map sockets. */
+struct socket_flow {
+	struct addr vip;
+	struct addr backend_addr;
+	__be16 vip_port;
+	__be16 backend_port;
+	__u32 service;
+	__u32 backend;
+	__u8 pad[4];
+	__u64 last_used_ns;		/* CLOCK_MONOTONIC; written at most once a second */
+};
+
+enum flow_dir {
+	FLOW_FORWARD = 0,		/* client -> VIP */
+	FLOW_REPLY = 1,			/* backend -> client */
+};
+
+/* Key of LRU map conntrack: one direction of a flow as the packet shows it before translation. */
+struct flow_key {
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u8 proto;			/* IPPROTO_* */
+	__u8 dir;			/* enum flow_dir */
+	__u8 pad[2];
+};
+
+/* Bits of struct flow.state, TCP and SCTP. */
+enum flow_state {
+	FLOW_REPLIED = 1,		/* a packet of the other direction was seen */
+	FLOW_FIN_FORWARD = 2,		/* client closed (FIN, SHUTDOWN) */
+	FLOW_FIN_REPLY = 4,		/* backend closed */
+	FLOW_RESET = 8,			/* RST, ABORT */
+};
+
+/* Value of LRU map conntrack. */
+struct flow {
+	struct addr addr;		/* FORWARD: new destination (backend). REPLY: new source (VIP) */
+	__be16 port;			/* same, port */
+	__u8 state;			/* bits of enum flow_state */
+	__u8 pad;
+	__u32 service;
+	__u32 backend;
+	__u8 pad2[4];
+	__u64 last_seen_ns;		/* CLOCK_MONOTONIC; written at most once a second */
+};
+
+enum client_kind {
+	CLIENT_ADDR = 0,		/* struct addr is an IP address */
+	CLIENT_NETNS = 1,		/* w[2], w[3] hold a network namespace cookie: a local socket not yet bound */
+};
+
+/* Key of LRU map affinity. */
+struct affinity_key {
+	struct addr client;
+	__u32 service;
+	__u8 kind;			/* enum client_kind */
+	__u8 pad[3];
+};
+
+/* Value of LRU map affinity. */
+struct affinity {
+	__u32 backend;
+	__u8 pad[4];
+	__u64 last_used_ns;		/* CLOCK_MONOTONIC of the last new connection */
+};
+
+/* Key of LPM trie source_ranges: sources that may use a service's load-balancer VIPs. Value: __u32 1. */
+struct source_range_key {
+	__u32 prefixlen;		/* 32 + bits of the prefix in struct addr (an IPv4 /24 has 96 + 24) */
+	__u32 service;
+	struct addr source;
+};
+
+/* Key of LPM trie local_sources: prefixes that count as this node's pods (scope internal). Value: __u32 1. */
+struct local_source_key {
+	__u32 prefixlen;		/* bits of the prefix in struct addr */
+	struct addr source;
+};
+
+/* Why the dataplane did what it did; index of per-CPU array verdicts (__u64 count). */
+enum verdict {
+	VERDICT_CONTINUE = 0,		/* helper result "go on"; never counted */
+	VERDICT_NOT_OURS = 1,		/* not for a Service: left alone */
+	VERDICT_NEW = 2,		/* new connection sent to a backend */
+	VERDICT_ESTABLISHED = 3,	/* packet of a known flow translated */
+	VERDICT_REPLY = 4,		/* reply translated back */
+	VERDICT_REJECT_EMPTY = 5,	/* no usable backend anywhere */
+	VERDICT_DROP_EMPTY = 6,		/* policy Local, no local backend */
+	VERDICT_REJECT_UNUSED = 7,	/* a VIP's port that no Service uses */
+	VERDICT_DROP_SOURCE = 8,	/* outside loadBalancerSourceRanges */
+	VERDICT_FRAGMENT = 9,		/* later fragment: left alone */
+	VERDICT_TRUNCATED = 10,		/* headers run past the packet's end: left alone */
+	VERDICT_UNKNOWN_L4 = 11,	/* no TCP, UDP or SCTP header found: left alone */
+	VERDICT_MAP_FULL = 12,		/* an insert failed: the connection was refused */
+	VERDICT_BIND_DENIED = 13,	/* bind() to a NodePort refused */
+	VERDICT_REWRITE_FAILED = 14,	/* the kernel refused a header write: dropped */
+	VERDICT_MAX = 15,		/* number of verdicts, not one */
+};
+
+#endif /* EBPFPROXY_ABI_H */

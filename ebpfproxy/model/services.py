@@ -1,0 +1,150 @@
+"""The desired state: what a node must serve, as frozen values. No Kubernetes types, no bytes."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import msgspec
+
+
+class Protocol(enum.StrEnum):
+    """A transport protocol that a Service can use."""
+
+    TCP = "TCP"
+    UDP = "UDP"
+    SCTP = "SCTP"
+
+
+class FrontendKind(enum.StrEnum):
+    """Why clients use an address."""
+
+    CLUSTER_IP = "ClusterIP"
+    EXTERNAL_IP = "ExternalIP"
+    LOAD_BALANCER = "LoadBalancer"
+    NODE_PORT = "NodePort"
+
+
+class Policy(enum.StrEnum):
+    """A traffic policy."""
+
+    CLUSTER = "Cluster"
+    LOCAL = "Local"
+
+
+class Scheduler(enum.StrEnum):
+    """How a backend is picked; names as IPVS has them, and maglev."""
+
+    RANDOM = "random"
+    RR = "rr"
+    WRR = "wrr"
+    SH = "sh"
+    DH = "dh"
+    MAGLEV = "maglev"
+    LC = "lc"
+    WLC = "wlc"
+    SED = "sed"
+    NQ = "nq"
+
+
+class Readiness(enum.StrEnum):
+    """What an endpoint's conditions amount to."""
+
+    READY = "ready"
+    TERMINATING = "terminating"  # terminating and still serving
+    NOT_READY = "not-ready"
+
+
+class Empty(enum.StrEnum):
+    """What happens to a new connection when a pool is empty."""
+
+    REJECT = "reject"
+    DROP = "drop"
+
+
+class ServiceName(NamedTuple):
+    """Names one port of one Service in one IP family; unique in a desired state."""
+
+    namespace: str
+    name: str
+    port: str  # "" for the only, unnamed port
+    family: int  # 4 | 6
+
+    def __str__(self) -> str:
+        """Return ``namespace/name:port`` as kube-proxy writes it (no colon for an unnamed port)."""
+        suffix = f":{self.port}" if self.port else ""
+        return f"{self.namespace}/{self.name}{suffix}"
+
+
+class Frontend(msgspec.Struct, frozen=True, gc=False):
+    """A VIP and port; protocol and family are the Service's."""
+
+    kind: FrontendKind
+    address: str  # canonical text; "" for a NodePort: every NodePort address of this node
+    port: int
+
+
+class Backend(msgspec.Struct, frozen=True, gc=False):
+    """One endpoint of one Service port, usable or not; distinct by address and port."""
+
+    address: str  # canonical text
+    port: int
+    readiness: Readiness = Readiness.READY
+    is_local: bool = False  # on this node
+    is_hinted_elsewhere: bool = False  # left out of policy Cluster by its topology hint
+    weight: int = 1  # 0 drains: no new connections
+    node: str = ""
+    zone: str = ""
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """The backends that new connections may go to."""
+
+    backends: tuple[Backend, ...]  # sorted by (address, port); weight 0 already left out
+    on_empty: Empty = Empty.REJECT
+
+
+class Service(msgspec.Struct, frozen=True):
+    """One port of a Kubernetes Service in one IP family: everything a dataplane must know of it."""
+
+    name: ServiceName
+    protocol: Protocol
+    frontends: tuple[Frontend, ...]
+    backends: tuple[Backend, ...]  # all known, sorted by (address, port)
+    cluster: Pool  # policy Cluster, topology hints applied
+    local: Pool  # policy Local: on this node only
+    internal_policy: Policy = Policy.CLUSTER
+    external_policy: Policy = Policy.CLUSTER
+    scheduler: Scheduler = Scheduler.RANDOM
+    affinity_s: int = 0  # ClientIP timeout; 0 = none
+    source_ranges: tuple[str, ...] = ()  # canonical CIDRs of this family
+    has_source_ranges: bool = False  # True with no range of this family: nobody may enter
+    health_check_node_port: int = 0
+    type: str = "ClusterIP"  # as in the object, for people
+
+    def pool(self, kind: FrontendKind, *, is_external: bool) -> Pool:
+        """Return the backends for a frontend of ``kind``, by where the traffic comes from.
+
+        Source: SERVICES.md section 4; kube-proxy short-circuits traffic from the node and its pods to
+        an external VIP to policy Cluster.
+        """
+        if kind is FrontendKind.CLUSTER_IP:
+            policy = self.internal_policy
+        else:
+            policy = self.external_policy if is_external else Policy.CLUSTER
+        return self.local if policy is Policy.LOCAL else self.cluster
+
+
+class NodePortAddresses(msgspec.Struct, frozen=True):
+    """The node's own addresses, as the dataplane must know them."""
+
+    serving: frozenset[str] = frozenset()  # NodePorts answer here; loopback: for local clients only
+    local: frozenset[str] = frozenset()  # every address of this node, serving or not
+
+
+class DesiredState(msgspec.Struct, frozen=True):
+    """All that a dataplane makes true."""
+
+    services: tuple[Service, ...]
+    addresses: NodePortAddresses = NodePortAddresses()
+    local_sources: frozenset[str] = frozenset()  # CIDRs whose traffic is this node's pods'
