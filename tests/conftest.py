@@ -1,0 +1,58 @@
+"""Fixtures for every kind of test that touches the kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from rig import kernel, leaks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def pytest_configure() -> None:
+    # A run that is told to end cleans up as one that is interrupted from the keyboard.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs_root = pytest.mark.skip(reason="needs root")
+    if os.geteuid() != 0:
+        for item in items:
+            if item.get_closest_marker("root") or item.get_closest_marker("netns"):
+                item.add_marker(needs_root)
+
+
+@pytest.fixture(scope="session")
+def nothing_left() -> Iterator[None]:
+    """Fails the run when something the tests made in the kernel is still there at its end."""
+    leaks.sweep()
+    pins = leaks.pins()
+    yield
+    left = leaks.find() + [f"pins {path}" for path in leaks.pins() - pins]
+    assert not left, "left behind:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def bpffs(nothing_left: None) -> Iterator[Path]:
+    """A bpffs mount of this test's own."""
+    with kernel.new_bpffs() as path:
+        yield path
+
+
+@pytest.fixture
+def cgroup(nothing_left: None) -> Iterator[Path]:
+    """A cgroup2 directory of this test's own."""
+    with kernel.new_cgroup() as path:
+        yield path
+
+
+@pytest.fixture
+def netns(nothing_left: None) -> Iterator[kernel.Netns]:
+    """A network namespace of this test's own, loopback up."""
+    with kernel.new_netns() as made:
+        yield made

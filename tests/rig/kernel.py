@@ -1,0 +1,107 @@
+"""What the tests make in the kernel: bpffs mounts, cgroups and network namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rig.names import PREFIX, temporary_directory, unique
+from rig.process import HERE, Place
+from rig.wait import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NETNS_DIRECTORY = Path("/run/netns")
+
+
+def mounts() -> list[tuple[str, Path]]:
+    """Return (file system type, mount point) of every mount we see."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        found.append((fields[fields.index("-") + 1], Path(fields[4])))
+    return found
+
+
+def cgroup_root() -> Path:
+    """Return where cgroup2 is mounted (systemd's hybrid layout: below /sys/fs/cgroup/unified)."""
+    return next(path for kind, path in mounts() if kind == "cgroup2")
+
+
+@contextlib.contextmanager
+def new_bpffs() -> Iterator[Path]:
+    """Mount a bpffs of its own; pins end with it."""
+    path = temporary_directory("bpffs")
+    HERE.run("mount", "-t", "bpf", "bpf", path)
+    try:
+        yield path
+    finally:
+        HERE.run("umount", path)
+        path.rmdir()
+
+
+@contextlib.contextmanager
+def new_cgroup() -> Iterator[Path]:
+    """Make a cgroup below the cgroup2 root; at the end its processes are killed and it is removed."""
+    path = cgroup_root() / f"{PREFIX}{uuid.uuid4().hex}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        remove_cgroup(path)
+
+
+def remove_cgroup(path: Path) -> None:
+    """Kill every process in the cgroup and below, then remove it (Linux 5.14 has cgroup.kill)."""
+    (path / "cgroup.kill").write_text("1")
+    eventually(
+        lambda: "populated 0" in (path / "cgroup.events").read_text(), f"the processes of {path} to end"
+    )
+    for directory, _, _ in os.walk(path, topdown=False):
+        Path(directory).rmdir()
+
+
+class Netns:
+    """A network namespace with a name."""
+
+    def __init__(self, label: str = "") -> None:
+        self.name = unique(label)
+        self.path = NETNS_DIRECTORY / self.name
+
+    def place(self, cgroup: Path | None = None) -> Place:
+        """Return this namespace, and ``cgroup``, as a place for processes."""
+        return Place(self.path, cgroup)
+
+    def shell(self, script: str) -> str:
+        """Run a shell script inside, ending at the first error; return its output."""
+        return self.place().run("sh", "-e", "-c", script).stdout
+
+    def __repr__(self) -> str:
+        return f"Netns({self.name})"
+
+
+# IPv6 addresses are usable at once: no duplicate address detection. Autoconfiguration stays out of it.
+_PREPARE = """
+for kind in all default; do
+    echo 0 > /proc/sys/net/ipv6/conf/$kind/accept_dad
+    echo 0 > /proc/sys/net/ipv6/conf/$kind/accept_ra
+    echo 0 > /proc/sys/net/ipv6/conf/$kind/router_solicitations
+done
+ip link set lo up
+"""
+
+
+@contextlib.contextmanager
+def new_netns(label: str = "") -> Iterator[Netns]:
+    """Make a network namespace with loopback up."""
+    netns = Netns(label)
+    HERE.run("ip", "netns", "add", netns.name)
+    try:
+        netns.shell(_PREPARE)
+        yield netns
+    finally:
+        HERE.run("ip", "netns", "delete", netns.name)

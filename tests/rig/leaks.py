@@ -1,0 +1,71 @@
+"""What a run left behind, found by its names; and what dead runs left, swept away."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from rig import process
+from rig.kernel import NETNS_DIRECTORY, cgroup_root, mounts, remove_cgroup
+from rig.names import PREFIX
+from rig.process import HERE
+
+
+def find(prefix: str = PREFIX) -> list[str]:
+    """Return one line for each thing that carries ``prefix`` and still exists."""
+    found = [f"process {child.pid}: {child.name}" for child in process.running if child.poll() is None]
+    found += [f"network namespace {path}" for path in _entries(NETNS_DIRECTORY, prefix)]
+    found += [f"cgroup {path}" for path in _entries(cgroup_root(), prefix)]
+    found += [f"mount {path}" for _, path in mounts() if _carries(path, prefix)]
+    found += [f"directory {path}" for path in _entries(Path(tempfile.gettempdir()), prefix)]
+    return found
+
+
+def pins() -> set[Path]:
+    """Return our pins on the machine's own bpffs: tests must never make any there."""
+    return {
+        path / "ebpfproxy"
+        for kind, path in mounts()
+        if kind == "bpf" and (path / "ebpfproxy").exists() and not re.search(r"/ebp-\d+-", str(path))
+    }
+
+
+def sweep() -> None:
+    """Remove what test runs left whose process is gone (killed, or the machine was stopped)."""
+    everywhere = [NETNS_DIRECTORY, cgroup_root(), Path(tempfile.gettempdir())]
+    found = {
+        match[1]
+        for place in everywhere
+        for path in _entries(place, "ebp-")
+        if (match := re.match(r"ebp-(\d+)-", path.name))
+    }
+    for pid in found:
+        if not Path(f"/proc/{pid}").exists():
+            _remove(f"ebp-{pid}-")
+
+
+def _remove(prefix: str) -> None:
+    # Another run may sweep the same things at the same time.
+    with contextlib.suppress(OSError):
+        for path in _entries(cgroup_root(), prefix):
+            remove_cgroup(path)
+    for path in _entries(NETNS_DIRECTORY, prefix):
+        HERE.run("ip", "netns", "delete", path.name, check=False)
+    for _, path in mounts():
+        if _carries(path, prefix) and path.parent != NETNS_DIRECTORY:
+            HERE.run("umount", path, check=False)
+    for path in _entries(Path(tempfile.gettempdir()), prefix):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _entries(directory: Path, prefix: str) -> list[Path]:
+    if not directory.exists():
+        return []
+    return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
+
+
+def _carries(path: Path, prefix: str) -> bool:
+    return any(part.startswith(prefix) for part in path.parts)
