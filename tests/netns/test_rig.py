@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rig import kernel, leaks
 from rig.process import Place
+from rig.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +52,7 @@ def test_cgroup_is_removed_with_its_processes(nothing_left: None) -> None:
     with kernel.new_cgroup() as path:
         (path / "below").mkdir()
         sleeper = Place(cgroup=path / "below").start("sleep", "1000")
+        eventually((path / "below" / "cgroup.procs").read_text, "the process to join")
     with sleeper:
         assert sleeper.wait() == -signal.SIGKILL
     assert not path.exists()
