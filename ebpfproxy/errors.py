@@ -48,3 +48,22 @@ class LoadError(DataplaneError):
 
 class LayoutError(LoadError):
     """A pinned map has another layout than this version needs."""
+
+
+class InvalidObject(EbpfproxyError):  # noqa: N818 - named after what the API server says: Invalid
+    """An object breaks the rules of its kind; all that is wrong with it at once.
+
+    Attributes:
+        kind: as written, "" if there is none.
+        namespace: "" for a kind without namespaces, or unknown.
+        name: "" if there is none.
+        errors: (field path, message) pairs in the API server's words.
+    """
+
+    def __init__(self, kind: str, namespace: str, name: str, errors: list[tuple[str, str]]) -> None:
+        what = f'{kind or "object"} "{namespace + "/" if namespace else ""}{name}"'
+        super().__init__(f"{what} is invalid: " + ", ".join(f"{path}: {why}" for path, why in errors))
+        self.kind = kind
+        self.namespace = namespace
+        self.name = name
+        self.errors = errors
