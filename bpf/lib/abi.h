@@ -27,13 +27,20 @@ struct addr {
 	__be32 w[4];
 };
 
+/* What this kernel has beyond 5.10; bits of struct config.features. An absent bit drops the code that needs it. */
+enum feature {
+	FEATURE_SET_RETVAL = 1,		/* bpf_set_retval in cgroup programs, 5.18: errno of our choice, else EPERM */
+};
+
 /* Load-time constants. Lives in .rodata (libbpf) or in the source text (bcc). */
 struct config {
 	__u32 abi;			/* ABI_VERSION at compile time */
 	__u16 node_port_min;		/* host byte order, inclusive */
 	__u16 node_port_max;		/* host byte order, inclusive; 0 = no NodePorts */
 	__u64 host_netns;		/* cookie of the node's own network namespace */
-	__u64 udp_idle_ns;		/* a UDP socket keeps its backend this long without traffic */
+	__u64 udp_idle_ns;		/* a UDP flow keeps its backend this long without traffic */
+	__u32 features;			/* bits of enum feature */
+	__u8 pad[4];
 	__u8 stamp[STAMP_MAX];		/* package version + abi checksum, NUL terminated */
 };
 
@@ -52,7 +59,9 @@ enum vip_kind {
 	VIP_LOCAL = 16,			/* an address of this node: never reject its unused ports */
 };
 
-/* Value of map vips. Key: struct addr. 127.0.0.0/8 is looked up as 127.0.0.1. */
+/* Value of map vips. Key: struct addr. 127.0.0.0/8 is looked up as 127.0.0.1. No bit at all: an address
+ * that served once; its established flows go on, everything else is left alone.
+ */
 struct vip {
 	__u32 kinds;			/* bits of enum vip_kind */
 };
@@ -100,7 +109,7 @@ enum backend_state {
 	BACKEND_FREE = 0,		/* the id is not in use */
 	BACKEND_READY = 1,
 	BACKEND_TERMINATING = 2,	/* terminating and still serving: used when none is ready */
-	BACKEND_NOT_READY = 3,		/* neither: established connections go on, no new ones */
+	BACKEND_NOT_READY = 3,		/* neither: TCP and SCTP connections go on, UDP moves, nothing new */
 	BACKEND_GONE = 4,		/* removed; the id is kept until nothing refers to it */
 };
 
@@ -121,7 +130,11 @@ struct backend {
 	__u8 pad[5];
 };
 
-/* Value of array backend_stats, same index as backends. Written by the programs. */
+/* Value of array backend_stats, same index as backends. Written by the programs.
+ * open counts the entries that point here: sockets of kind CONNECTED and TO_VIP, conntrack FORWARD that is
+ * not closed (RESET, or FIN of both sides). The programs can't see an LRU eviction or a UDP flow that
+ * fell silent: the agent recounts now and then.
+ */
 struct backend_stats {
 	__u64 connections;		/* new connections ever sent here */
 	__s64 open;			/* open now; what lc, wlc, sed and nq compare */
@@ -250,13 +263,14 @@ enum verdict {
 	VERDICT_DROP_EMPTY = 6,		/* policy Local, no local backend */
 	VERDICT_REJECT_UNUSED = 7,	/* a VIP's port that no Service uses */
 	VERDICT_DROP_SOURCE = 8,	/* outside loadBalancerSourceRanges */
-	VERDICT_FRAGMENT = 9,		/* later fragment: left alone */
+	VERDICT_FRAGMENT = 9,		/* a fragment, first or later: left alone */
 	VERDICT_TRUNCATED = 10,		/* headers run past the packet's end: left alone */
 	VERDICT_UNKNOWN_L4 = 11,	/* no TCP, UDP or SCTP header found: left alone */
 	VERDICT_MAP_FULL = 12,		/* an insert failed: the connection was refused */
 	VERDICT_BIND_DENIED = 13,	/* bind() to a NodePort refused */
 	VERDICT_REWRITE_FAILED = 14,	/* the kernel refused a header write: dropped */
-	VERDICT_MAX = 15,		/* number of verdicts, not one */
+	VERDICT_CLOSED = 15,		/* a translated socket was closed */
+	VERDICT_MAX = 16,		/* number of verdicts, not one */
 };
 
 #endif /* EBPFPROXY_ABI_H */
