@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * glue.c - what cffi can't say by itself: libbpf's option structs and va_list, BTF walks; and the Maglev
+ * table, which is too slow in Python. Like libbpf 1.x, functions return a negative errno on failure.
+ */
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <linux/bpf.h>
+
+#include "abi.h"
+
+/* ---- messages: what libbpf would print, the verifier's log among it ---- */
+
+/* The end of a log says what is wrong; all of it can be megabytes. */
+enum { MESSAGES_KEPT = 64 * 1024 };
+
+static __thread char messages[2 * MESSAGES_KEPT];
+static __thread size_t messages_len;
+
+static void keep(const char *text, size_t len)
+{
+	if (len > MESSAGES_KEPT) {
+		text += len - MESSAGES_KEPT;
+		len = MESSAGES_KEPT;
+	}
+	if (messages_len + len >= sizeof(messages)) {
+		size_t rest = messages_len < MESSAGES_KEPT ? messages_len : MESSAGES_KEPT - 1;
+
+		memmove(messages, messages + messages_len - rest, rest);
+		messages_len = rest;
+	}
+	memcpy(messages + messages_len, text, len);
+	messages_len += len;
+	messages[messages_len] = '\0';
+}
+
+static int print(enum libbpf_print_level level, const char *format, va_list args)
+{
+	char *text;
+	int len;
+
+	if (level > LIBBPF_WARN)
+		return 0;
+	len = vasprintf(&text, format, args);
+	if (len < 0)
+		return 0;
+	keep(text, len);
+	free(text);
+	return len;
+}
+
+static void glue_init(void)
+{
+	libbpf_set_print(print);
+}
+
+static const char *glue_messages(void)
+{
+	return messages;
+}
+
+static void glue_clear_messages(void)
+{
+	messages_len = 0;
+	messages[0] = '\0';
+}
+
+/* ---- maps ---- */
+
+static int glue_map_create(__u32 type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
+			   __u32 flags)
+{
+	LIBBPF_OPTS(bpf_map_create_opts, opts, .map_flags = flags);
+
+	return bpf_map_create(type, name, key_size, value_size, max_entries, &opts);
+}
+
+static int glue_map_update_batch(int fd, const void *keys, const void *values, __u32 *count, __u64 flags)
+{
+	LIBBPF_OPTS(bpf_map_batch_opts, opts, .elem_flags = flags);
+
+	return bpf_map_update_batch(fd, keys, values, count, &opts);
+}
+
+/* ---- links and programs ---- */
+
+static int glue_link_create(int prog_fd, int target, __u32 attach_type)
+{
+	/* target: a cgroup's file descriptor or, for tcx, an interface index */
+	return bpf_link_create(prog_fd, target, attach_type, NULL);
+}
+
+struct glue_link_info {
+	__u32 type;
+	__u32 id;
+	__u32 prog_id;
+	__u32 attach_type;
+	__u32 ifindex;
+	__u64 cgroup_id;
+};
+
+static int glue_link_info(int fd, struct glue_link_info *info)
+{
+	/* struct bpf_link_info with its tcx member, which headers before Linux 6.6 lack. */
+	struct {
+		__u32 type;
+		__u32 id;
+		__u32 prog_id;
+		union {
+			struct {
+				__u64 cgroup_id;
+				__u32 attach_type;
+			} cgroup;
+			struct {
+				__u32 ifindex;
+				__u32 attach_type;
+			} tcx;
+			__u64 room[16];
+		};
+	} raw;
+	__u32 len = sizeof(raw);
+	int err;
+
+	memset(&raw, 0, sizeof(raw));
+	err = bpf_obj_get_info_by_fd(fd, &raw, &len);
+	if (err)
+		return err;
+	memset(info, 0, sizeof(*info));
+	info->type = raw.type;
+	info->id = raw.id;
+	info->prog_id = raw.prog_id;
+	if (raw.type == BPF_LINK_TYPE_CGROUP) {
+		info->cgroup_id = raw.cgroup.cgroup_id;
+		info->attach_type = raw.cgroup.attach_type;
+	} else if (raw.type == 11 /* BPF_LINK_TYPE_TCX, Linux 6.6 */) {
+		info->ifindex = raw.tcx.ifindex;
+		info->attach_type = raw.tcx.attach_type;
+	}
+	return 0;
+}
+
+struct glue_run {
+	const void *data_in;
+	void *data_out;
+	const void *ctx_in;
+	__u32 data_in_size;
+	__u32 data_out_size; /* in: room, out: length */
+	__u32 ctx_in_size;
+	int repeat;
+	__u32 retval;
+	__u32 duration_ns;
+};
+
+static int glue_run(int prog_fd, struct glue_run *run)
+{
+	LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = run->data_in, .data_size_in = run->data_in_size,
+		    .data_out = run->data_out, .data_size_out = run->data_out_size, .ctx_in = run->ctx_in,
+		    .ctx_size_in = run->ctx_in_size, .repeat = run->repeat);
+	int err = bpf_prog_test_run_opts(prog_fd, &opts);
+
+	run->data_out_size = opts.data_size_out;
+	run->retval = opts.retval;
+	run->duration_ns = opts.duration;
+	return err;
+}
+
+/* Load "return 0" of a type: what probes attach. */
+static int glue_load_trivial(__u32 type)
+{
+	const struct bpf_insn insns[] = {
+		{ .code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0 },
+		{ .code = BPF_JMP | BPF_EXIT },
+	};
+
+	return bpf_prog_load(type, "probe", "GPL", insns, 2, NULL);
+}
+
+/* ---- BTF ---- */
+
+/* Return where the initial value of a global constant lies, before the object is loaded; NULL: none. */
+static void *glue_variable(struct bpf_object *object, const char *name, __u32 *size)
+{
+	const struct btf *btf = bpf_object__btf(object);
+	const struct btf_var_secinfo *var;
+	const struct btf_type *section;
+	struct bpf_map *map;
+	size_t map_size;
+	char *value;
+	int id, i;
+
+	map = bpf_object__find_map_by_name(object, ".rodata");
+	id = btf ? btf__find_by_name_kind(btf, ".rodata", BTF_KIND_DATASEC) : -ENOENT;
+	if (!map || id < 0)
+		return NULL;
+	value = (char *)bpf_map__initial_value(map, &map_size);
+	section = btf__type_by_id(btf, id);
+	var = btf_var_secinfos(section);
+	for (i = 0; value && i < btf_vlen(section); i++, var++) {
+		const struct btf_type *type = btf__type_by_id(btf, var->type);
+
+		if (strcmp(btf__name_by_offset(btf, type->name_off), name) == 0 &&
+		    var->offset + var->size <= map_size) {
+			*size = var->size;
+			return value + var->offset;
+		}
+	}
+	return NULL;
+}
+
+static const struct btf_type *find_struct(struct bpf_object *object, const char *name, int *id)
+{
+	const struct btf *btf = bpf_object__btf(object);
+
+	*id = btf ? btf__find_by_name_kind(btf, name, BTF_KIND_STRUCT) : -ENOENT;
+	return *id < 0 ? NULL : btf__type_by_id(btf, *id);
+}
+
+/* Return the size in bytes of a struct that the object's BTF knows. */
+static int glue_struct_size(struct bpf_object *object, const char *name)
+{
+	int id;
+	const struct btf_type *type = find_struct(object, name, &id);
+
+	return type ? (int)type->size : id;
+}
+
+/* Return the offset in bytes of a struct's n-th member and its name; -ENOENT past the last. */
+static int glue_struct_member(struct bpf_object *object, const char *name, int index, const char **member)
+{
+	int id;
+	const struct btf_type *type = find_struct(object, name, &id);
+
+	if (!type)
+		return id;
+	if (index < 0 || index >= btf_vlen(type))
+		return -ENOENT;
+	*member = btf__name_by_offset(bpf_object__btf(object), btf_members(type)[index].name_off);
+	return btf_member_bit_offset(type, index) / 8;
+}
+
+/* ---- Maglev ---- */
+
+/*
+ * Fill a table in turns: each backend takes the next free place of its own permutation
+ * (offset + j * skip) % size. size is prime and offset < size, 0 < skip < size, so every permutation
+ * reaches every place. A backend that is listed w times gets w turns in a round.
+ * Source: Eisenbud et al., "Maglev", NSDI 2016, section 3.4.
+ */
+static void maglev_fill(uint32_t *table, uint32_t size, const uint32_t *offsets, const uint32_t *skips,
+			uint32_t n)
+{
+	uint32_t *next = malloc((size_t)n * sizeof(*next));
+	uint32_t filled = 0, i;
+
+	memset(table, 0xff, (size_t)size * sizeof(*table));
+	if (!next || !n)
+		goto out;
+	memcpy(next, offsets, (size_t)n * sizeof(*next));
+	while (filled < size) {
+		for (i = 0; i < n && filled < size; i++) {
+			uint32_t place = next[i];
+
+			while (table[place] != UINT32_MAX) {
+				place += skips[i];
+				if (place >= size)
+					place -= size;
+			}
+			table[place] = i;
+			place += skips[i];
+			next[i] = place >= size ? place - size : place;
+			filled++;
+		}
+	}
+out:
+	free(next);
+}

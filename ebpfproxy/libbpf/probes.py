@@ -1,0 +1,58 @@
+"""What this kernel can do, asked by trying."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ebpfproxy.libbpf._ffi import ffi, lib
+from ebpfproxy.libbpf.programs import TCX_INGRESS
+
+# No device has this number: a kernel that knows tcx links answers ENODEV, others EINVAL.
+NO_DEVICE = 0x7FFFFFFF
+
+
+def libbpf_version() -> str:
+    """Return libbpf's version, as it says it."""
+    return str(ffi.string(lib.libbpf_version_string()).decode())
+
+
+def has_program_type(program_type: int) -> bool:
+    """Return whether programs of this lib.BPF_PROG_TYPE_* can be loaded (False without privileges)."""
+    return bool(lib.libbpf_probe_bpf_prog_type(program_type, ffi.NULL) == 1)
+
+
+def has_map_type(map_type: int) -> bool:
+    """Return whether maps of this lib.BPF_MAP_TYPE_* can be made (False without privileges)."""
+    return bool(lib.libbpf_probe_bpf_map_type(map_type, ffi.NULL) == 1)
+
+
+def has_helper(program_type: int, helper: int) -> bool:
+    """Return whether programs of a type may call a helper.
+
+    Args:
+        program_type: lib.BPF_PROG_TYPE_*.
+        helper: its number in enum bpf_func_id (bpf_set_retval, for one, is 187).
+    """
+    return bool(lib.libbpf_probe_bpf_helper(program_type, helper, ffi.NULL) == 1)
+
+
+def has_tcx() -> bool:
+    """Return whether tc programs can be attached by links (Linux 6.6)."""
+    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS)
+    if program < 0:
+        return False
+    try:
+        link = lib.glue_link_create(program, NO_DEVICE, TCX_INGRESS)
+    finally:
+        os.close(program)
+    return bool(link == -errno.ENODEV)
+
+
+def has_mmapable_arrays() -> bool:
+    """Return whether arrays can be mapped into memory (Linux 5.5)."""
+    array = lib.glue_map_create(lib.BPF_MAP_TYPE_ARRAY, b"probe", 4, 8, 1, lib.BPF_F_MMAPABLE)
+    if array < 0:
+        return False
+    os.close(array)
+    return True

@@ -1,0 +1,175 @@
+"""Loaded programs and the links that attach them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from ebpfproxy.errors import UnsupportedError
+from ebpfproxy.libbpf._ffi import ffi, lib
+from ebpfproxy.libbpf.descriptor import Descriptor
+from ebpfproxy.libbpf.errors import check, kernel_error
+
+if TYPE_CHECKING:
+    Path = str | os.PathLike[str]
+
+# enum bpf_attach_type of Linux 6.6; older headers lack them.
+TCX_INGRESS = 46
+TCX_EGRESS = 47
+
+# BPF_PROG_TEST_RUN copies out at most this much more than it got: a program may add headers.
+GROWTH_BYTES = 256
+
+
+class RunResult(NamedTuple):
+    """What a program did with a packet."""
+
+    retval: int
+    data: bytes  # the packet afterwards
+    duration_ns: int  # average of one run
+
+
+class LinkInfo(NamedTuple):
+    """What a link attaches, and where."""
+
+    id: int
+    program_id: int
+    attach_type: int
+    ifindex: int  # 0: not a tcx link, or its device is gone
+    cgroup_id: int  # 0: not a cgroup link, or its cgroup is gone
+
+
+class ProgramDefinition(NamedTuple):
+    """What a program is, in an object file or in the kernel."""
+
+    name: str
+    section: str
+    type: int  # lib.BPF_PROG_TYPE_*
+    attach_type: int  # what it expects to be attached as; 0 if its type does not care
+
+
+class Program(Descriptor):
+    """A program in the kernel.
+
+    Attributes:
+        id: the kernel's number for it.
+        tag: checksum of its instructions, as bpftool shows it.
+        definition: its name, type and expected attach type.
+    """
+
+    kind = "program"
+
+    def __init__(self, fd: int, definition: ProgramDefinition | None = None) -> None:
+        super().__init__(fd)
+        info = ffi.new("struct bpf_prog_info *")
+        size = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
+        result = lib.bpf_obj_get_info_by_fd(fd, info, size)
+        if result < 0:
+            self.close()
+            raise kernel_error(result, "read program information")
+        self.id: int = info.id
+        self.tag = bytes(info.tag).hex()
+        self.type: int = info.type
+        self.definition = definition or ProgramDefinition(ffi.string(info.name).decode(), "", info.type, 0)
+        self.name = self.definition.name
+        self.attach_type = self.definition.attach_type
+
+    @classmethod
+    def open(cls, path: Path, definition: ProgramDefinition | None = None) -> Self:
+        """Return the program pinned at ``path``."""
+        fd = check(lib.bpf_obj_get(os.fsencode(path)), f"open pinned program {os.fspath(path)}")
+        return cls(fd, definition)
+
+    def run(self, data: bytes, *, ifindex: int = 0, repeat: int = 1, ctx: bytes | None = None) -> RunResult:
+        """Run the program on a packet in the kernel (BPF_PROG_TEST_RUN).
+
+        Args:
+            data: the frame from its Ethernet header on.
+            ifindex: the device that a tc program sees, in this network namespace; 0 = loopback.
+            repeat: run so often on the same packet, for timing.
+            ctx: the whole context (struct __sk_buff, say), instead of ``ifindex``.
+        """
+        if ctx is None and ifindex:
+            skb = ffi.new("struct __sk_buff *")
+            skb.ifindex = ifindex
+            ctx = bytes(ffi.buffer(skb))
+        out = ffi.new("char[]", len(data) + GROWTH_BYTES)
+        data_in, ctx_in = ffi.from_buffer(data), ffi.from_buffer(ctx or b"")
+        run = ffi.new("struct glue_run *")
+        run.data_in, run.data_in_size = data_in, len(data)
+        run.data_out, run.data_out_size = out, len(out)
+        if ctx:
+            run.ctx_in, run.ctx_in_size = ctx_in, len(ctx)
+        run.repeat = repeat
+        check(lib.glue_run(self.fd, run), f"run program {self.name} on {len(data)} bytes")
+        return RunResult(run.retval, bytes(ffi.buffer(out, run.data_out_size)), run.duration_ns)
+
+
+class Link(Descriptor):
+    """An attachment that lives as long as its descriptor or its pin; its program can be swapped."""
+
+    kind = "link"
+
+    @classmethod
+    def attach_cgroup(cls, program: Program, cgroup: Path, attach_type: int | None = None) -> Self:
+        """Attach to a cgroup2 directory, beside programs of others.
+
+        Args:
+            program: a cgroup program.
+            cgroup: path of the cgroup.
+            attach_type: lib.BPF_CGROUP_*; default: what the program was loaded for.
+        """
+        wanted = program.attach_type if attach_type is None else attach_type
+        what = f"attach program {program.name} to cgroup {os.fspath(cgroup)}"
+        try:
+            directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise kernel_error(-(error.errno or errno.EIO), what) from error
+        try:
+            result = lib.glue_link_create(program.fd, directory, wanted)
+        finally:
+            os.close(directory)
+        if result == -errno.EBADF:
+            raise UnsupportedError(f"{what}: that is no cgroup2 directory; name one with --cgroup")
+        return cls(check(result, what))
+
+    @classmethod
+    def attach_tcx(cls, program: Program, ifindex: int, attach_type: int) -> Self:
+        """Attach to a device (kernel 6.6 on).
+
+        Args:
+            program: a tc program.
+            ifindex: the device.
+            attach_type: TCX_INGRESS or TCX_EGRESS.
+
+        Raises:
+            UnsupportedError: the kernel has no tcx links.
+        """
+        what = f"attach program {program.name} to device {ifindex}"
+        result = lib.glue_link_create(program.fd, ifindex, attach_type)
+        if result == -errno.EINVAL:
+            raise UnsupportedError(f"{what}: this kernel has no tcx links (they came with Linux 6.6)")
+        return cls(check(result, what))
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Return the link pinned at ``path``."""
+        return cls(check(lib.bpf_obj_get(os.fsencode(path)), f"open pinned link {os.fspath(path)}"))
+
+    def update(self, program: Program) -> None:
+        """Swap the program; no packet passes in between without one."""
+        check(
+            lib.bpf_link_update(self.fd, program.fd, ffi.NULL),
+            f"swap the program of a link for {program.name}",
+        )
+
+    def detach(self) -> None:
+        """Detach now, although the link is still pinned or open."""
+        check(lib.bpf_link_detach(self.fd), "detach a link")
+
+    def info(self) -> LinkInfo:
+        """Return what is attached where."""
+        info = ffi.new("struct glue_link_info *")
+        check(lib.glue_link_info(self.fd, info), "read link information")
+        return LinkInfo(info.id, info.prog_id, info.attach_type, info.ifindex, info.cgroup_id)
