@@ -1,0 +1,458 @@
+"""The configuration file: kube-proxy's own KubeProxyConfiguration v1alpha1, and our key ``ebpfproxy`` in it.
+
+A file is read in two steps: ``_File`` is the whole upstream schema with its defaults, so that a wrong name or
+type is an error; ``Config`` is what the agent uses. What is set but not used is named in ``Config.unused``.
+
+Source: k8s.io/kube-proxy/config/v1alpha1 and k8s.io/component-base/logs/api/v1, as of Kubernetes 1.35; fields
+that older releases had (udpIdleTimeout, resourceContainer) are known too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ebpfproxy.errors import ConfigError
+from ebpfproxy.model.services import Scheduler
+
+API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
+KIND = "KubeProxyConfiguration"
+
+_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
+
+
+class Duration(float):
+    """A metav1.Duration, in seconds."""
+
+
+def parse_duration(text: str) -> Duration:
+    """Return what Go's time.ParseDuration reads in ``text`` ("300ms", "1h2m3s", "0").
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
+    if digits == "0":
+        return Duration(0)
+    seconds, end = 0.0, 0
+    for part in _DURATION_PART.finditer(digits):
+        if part.start() != end:
+            break
+        seconds += float(part[1]) * _UNIT_S[part[2]]
+        end = part.end()
+    if not digits or end != len(digits):
+        raise ValueError(f"{text!r} is not a duration such as 30s, 500ms or 1h30m")
+    return Duration(sign * seconds)
+
+
+class _Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    """Base of the parts of the file."""
+
+
+class _ClientConnection(_Schema, frozen=True):
+    kubeconfig: str = ""
+    accept_content_types: str = ""
+    content_type: str = "application/vnd.kubernetes.protobuf"
+    qps: float = 5
+    burst: int = 10
+
+
+class _Logging(_Schema, frozen=True):
+    format: str = "text"
+    flush_frequency: Any = "5s"  # a duration, or nanoseconds
+    verbosity: int = 0
+    vmodule: list[Any] = []
+    options: dict[str, Any] = {}
+    sanitization: bool = False
+
+
+class _Iptables(_Schema, frozen=True):
+    masquerade_bit: int = 14
+    masquerade_all: bool = False
+    localhost_node_ports: bool = True
+    snat_node_internal_ip: bool = msgspec.field(default=False, name="snatNodeInternalIP")
+    sync_period: Duration = Duration(30)
+    min_sync_period: Duration = Duration(0)
+
+
+class _Ipvs(_Schema, frozen=True):
+    sync_period: Duration = Duration(30)
+    min_sync_period: Duration = Duration(0)
+    scheduler: str = ""
+    exclude_cidrs: list[str] = msgspec.field(default_factory=list, name="excludeCIDRs")
+    strict_arp: bool = msgspec.field(default=False, name="strictARP")
+    tcp_timeout: Duration = Duration(0)
+    tcp_fin_timeout: Duration = Duration(0)
+    udp_timeout: Duration = Duration(0)
+
+
+class _Nftables(_Schema, frozen=True):
+    masquerade_bit: int = 14
+    masquerade_all: bool = False
+    sync_period: Duration = Duration(30)
+    min_sync_period: Duration = Duration(0)
+
+
+class _Conntrack(_Schema, frozen=True):
+    max_per_core: int = 32 * 1024
+    min: int = 128 * 1024
+    tcp_established_timeout: Duration = Duration(0)
+    tcp_close_wait_timeout: Duration = Duration(0)
+    tcp_be_liberal: bool = False
+    udp_timeout: Duration = Duration(0)
+    udp_stream_timeout: Duration = Duration(0)
+
+
+class _Winkernel(_Schema, frozen=True):
+    network_name: str = ""
+    source_vip: str = ""
+    enable_dsr: bool = msgspec.field(default=False, name="enableDSR")
+    root_hns_endpoint_name: str = ""
+    forward_health_check_vip: bool = False
+
+
+class _DetectLocal(_Schema, frozen=True):
+    bridge_interface: str = ""
+    interface_name_prefix: str = ""
+
+
+class _Extras(_Schema, frozen=True):
+    """Key ``ebpfproxy``: what kube-proxy's file has no word for."""
+
+    loader: str = ""
+    devices: list[str] = []
+    map_sizes: dict[str, int] = {}
+    service_cluster_ip_range: str = msgspec.field(default="", name="serviceClusterIPRange")
+    service_node_port_range: str = ""
+    udp_idle: Duration = Duration(0)
+
+
+class _File(_Schema, frozen=True):
+    api_version: str = API_VERSION
+    kind: str = KIND
+    feature_gates: dict[str, bool] = {}
+    client_connection: _ClientConnection = _ClientConnection()
+    logging: _Logging = _Logging()
+    hostname_override: str = ""
+    bind_address: str = "0.0.0.0"  # noqa: S104  # upstream's default; nothing is bound here
+    healthz_bind_address: str = "0.0.0.0:10256"
+    metrics_bind_address: str = "127.0.0.1:10249"
+    bind_address_hard_fail: bool = False
+    enable_profiling: bool = False
+    show_hidden_metrics_for_version: str = ""
+    mode: str = ""
+    iptables: _Iptables = _Iptables()
+    ipvs: _Ipvs = _Ipvs()
+    nftables: _Nftables = _Nftables()
+    winkernel: _Winkernel = _Winkernel()
+    detect_local_mode: str = ""
+    detect_local: _DetectLocal = _DetectLocal()
+    cluster_cidr: str = msgspec.field(default="", name="clusterCIDR")
+    node_port_addresses: list[str] = []
+    oom_score_adj: int = -999
+    conntrack: _Conntrack = _Conntrack()
+    config_sync_period: Duration = Duration(15 * 60)
+    port_range: str = ""
+    windows_run_as_service: bool = False
+    udp_idle_timeout: Duration = Duration(0)
+    resource_container: str = "/kube-proxy"
+    ebpfproxy: _Extras = _Extras()
+
+
+class Config(msgspec.Struct, frozen=True):
+    """What the agent uses of a configuration file; the defaults are those of an empty file."""
+
+    mode: str = "auto"  # auto | bpf
+    loader: str = "auto"  # auto | libbpf | bcc
+    hostname_override: str = ""
+    devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
+    cluster_cidrs: tuple[str, ...] = ()  # canonical, at most one of each family
+    node_port_addresses: tuple[str, ...] = ()  # canonical CIDRs and "primary"; () = all
+    detect_local_mode: str = ""  # "" | ClusterCIDR | NodeCIDR, and others that are named in ``unused``
+    scheduler: Scheduler = Scheduler.RANDOM
+    min_sync_s: float = 0.0
+    max_sync_s: float = 30.0
+    udp_idle_s: float = 0.0  # 0 = the dataplane's default; so are the next four
+    udp_s: float = 0.0
+    udp_stream_s: float = 0.0
+    tcp_established_s: float = 0.0
+    tcp_close_wait_s: float = 0.0
+    service_cluster_ip_ranges: tuple[str, ...] = ("10.96.0.0/16",)
+    service_node_port_range: tuple[int, int] = (30000, 32767)  # both inclusive
+    map_sizes: dict[str, int] = {}
+    log_format: str = "text"  # text | json
+    log_debug: bool = False
+    unused: tuple[
+        str, ...
+    ] = ()  # fields that are set and have no effect, with the reason where it is not plain
+
+
+# What the agent reads. Everything else that is set to something of its own is named in Config.unused.
+_USED = frozenset(
+    (
+        "apiVersion",
+        "kind",
+        "hostnameOverride",
+        "mode",
+        "iptables.syncPeriod",
+        "iptables.minSyncPeriod",
+        "ipvs.scheduler",
+        "ipvs.syncPeriod",  # these are read when the mode is theirs, as in kube-proxy
+        "ipvs.minSyncPeriod",
+        "nftables.syncPeriod",
+        "nftables.minSyncPeriod",
+        "clusterCIDR",
+        "nodePortAddresses",
+        "detectLocalMode",
+        "conntrack.tcpEstablishedTimeout",
+        "conntrack.tcpCloseWaitTimeout",
+        "conntrack.udpTimeout",
+        "conntrack.udpStreamTimeout",
+        "logging.format",
+        "logging.flushFrequency",  # nothing is buffered here
+        "logging.verbosity",
+    )
+)
+
+_UPSTREAM_MODES = frozenset(("iptables", "ipvs", "nftables", "userspace"))
+_UPSTREAM_SCHEDULERS = frozenset(("lblc", "lblcr", "fo", "ovf"))
+_LOCAL_MODES = frozenset(("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"))
+# klog's convention: 4 is debug level.
+_DEBUG_VERBOSITY = 4
+
+
+def load(path: Path | str) -> Config:
+    """Return the configuration in the file ``path``.
+
+    Raises:
+        ConfigError: it can't be read, is not YAML, or a field is unknown or wrong; the message names it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"read configuration {path}: {error}") from error
+    import yaml
+
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {path} is not YAML: {error}") from error
+    try:
+        return parse(raw)
+    except ConfigError as error:
+        raise ConfigError(f"configuration {path}: {error}") from error
+
+
+def parse(raw: object) -> Config:
+    """Return the configuration in ``raw``, a file's one YAML document as plain objects.
+
+    Raises:
+        ConfigError: a field is unknown or wrong; the message names its path.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"expected a mapping with kind: {KIND}")
+    for field, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if raw.get(field) != expected:
+            raise ConfigError(f"{field}: expected {expected}, got {raw.get(field)!r}")
+    try:
+        file = msgspec.convert(_without_nulls(raw), _File, dec_hook=_decode_duration)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error).replace("`$.", "`").replace(" - at `$`", "")) from error
+    return _config(file)
+
+
+def _without_nulls(value: object) -> object:
+    """Return ``value`` without keys whose value is null: to Kubernetes' decoder they are not set."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _decode_duration(kind: type, value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a duration such as 30s, got {value!r}")
+    return parse_duration(value)
+
+
+def _config(file: _File) -> Config:
+    """Return what the agent uses of ``file``."""
+    unused = [*_unused_fields(file, _File())]
+    mode, mode_note = _mode(file.mode)
+    scheduler, scheduler_note = _scheduler(file.ipvs.scheduler)
+    section_name, section = _sync_section(file)
+    unused += [note for note in (mode_note, scheduler_note) if note]
+    if file.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix"):
+        unused.append(f"detectLocalMode: {file.detect_local_mode} (use ClusterCIDR or NodeCIDR)")
+    elif file.detect_local_mode not in _LOCAL_MODES:
+        raise ConfigError(f"detectLocalMode: {file.detect_local_mode!r} is none of {_names(_LOCAL_MODES)}")
+    if file.logging.format not in ("", "text", "json"):
+        raise ConfigError(f"logging.format: {file.logging.format!r} is neither text nor json")
+    extras = file.ebpfproxy
+    if extras.loader not in ("", "auto", "libbpf", "bcc"):
+        raise ConfigError(f"ebpfproxy.loader: {extras.loader!r} is none of auto, libbpf, bcc")
+    for name, size in extras.map_sizes.items():
+        if not 0 < size < 2**32:
+            raise ConfigError(f"ebpfproxy.mapSizes.{name}: {size} is not a number of entries (1 to 2^32 - 1)")
+    defaults = Config()
+    max_sync_s = section.sync_period or defaults.max_sync_s
+    _check_periods(section_name, section.min_sync_period, max_sync_s)
+    return Config(
+        mode=mode,
+        loader=extras.loader or defaults.loader,
+        hostname_override=file.hostname_override.strip().lower(),
+        devices=tuple(extras.devices),
+        cluster_cidrs=parse_cidr_pair("clusterCIDR", file.cluster_cidr),
+        node_port_addresses=_node_port_addresses(file.node_port_addresses),
+        detect_local_mode=file.detect_local_mode,
+        scheduler=scheduler,
+        min_sync_s=section.min_sync_period,
+        max_sync_s=max_sync_s,
+        udp_idle_s=_timeout("ebpfproxy.udpIdle", extras.udp_idle),
+        udp_s=_timeout("conntrack.udpTimeout", file.conntrack.udp_timeout),
+        udp_stream_s=_timeout("conntrack.udpStreamTimeout", file.conntrack.udp_stream_timeout),
+        tcp_established_s=_timeout("conntrack.tcpEstablishedTimeout", file.conntrack.tcp_established_timeout),
+        tcp_close_wait_s=_timeout("conntrack.tcpCloseWaitTimeout", file.conntrack.tcp_close_wait_timeout),
+        service_cluster_ip_ranges=(
+            parse_cidr_pair("ebpfproxy.serviceClusterIPRange", extras.service_cluster_ip_range)
+            or defaults.service_cluster_ip_ranges
+        ),
+        service_node_port_range=(
+            _port_range(extras.service_node_port_range)
+            if extras.service_node_port_range
+            else defaults.service_node_port_range
+        ),
+        map_sizes=dict(extras.map_sizes),
+        log_format=file.logging.format or "text",
+        log_debug=file.logging.verbosity >= _DEBUG_VERBOSITY,
+        unused=tuple(unused),
+    )
+
+
+def _unused_fields(part: _Schema, default: _Schema, prefix: str = "") -> Iterator[str]:
+    """Yield the path of each field that is set, not to its default or Go's zero value, and not in _USED."""
+    for field in msgspec.structs.fields(part):
+        path = prefix + field.encode_name
+        value, usual = getattr(part, field.name), getattr(default, field.name)
+        if path in _USED or path == "ebpfproxy" or not value or value == usual:
+            continue
+        if isinstance(value, _Schema):
+            yield from _unused_fields(value, usual, path + ".")
+        elif path != "logging.options" or not _is_unset(value):
+            yield path
+
+
+def _is_unset(value: object) -> bool:
+    """Return whether ``value`` holds nothing but zeros, as kubeadm writes logging.options."""
+    if isinstance(value, Mapping):
+        return all(_is_unset(item) for item in value.values())
+    return not value or value == "0"
+
+
+def _mode(name: str) -> tuple[str, str]:
+    """Return the mode for a ``mode`` field, and a note when it is not the one asked for."""
+    if name in ("", "auto"):
+        return "auto", ""
+    if name == "bpf":
+        return "bpf", ""
+    if name in _UPSTREAM_MODES:
+        return "auto", f"mode: {name} (bpf is used)"
+    raise ConfigError(f"mode: {name!r} is none of auto, bpf, {_names(_UPSTREAM_MODES)}")
+
+
+def _scheduler(name: str) -> tuple[Scheduler, str]:
+    """Return the scheduler for ``ipvs.scheduler``, and a note when it is not the one asked for."""
+    if name == "mh":  # IPVS' name of Maglev hashing
+        return Scheduler.MAGLEV, ""
+    if name in _UPSTREAM_SCHEDULERS:
+        return Config().scheduler, f"ipvs.scheduler: {name} ({Config().scheduler} is used)"
+    try:
+        return Scheduler(name or Config().scheduler), ""
+    except ValueError:
+        known = _names({*Scheduler, "mh", *_UPSTREAM_SCHEDULERS})
+        raise ConfigError(f"ipvs.scheduler: {name!r} is none of {known}") from None
+
+
+def _sync_section(file: _File) -> tuple[str, _Iptables | _Ipvs | _Nftables]:
+    """Return the section whose syncPeriod and minSyncPeriod count: the mode's own, else iptables'.
+
+    kube-proxy's default minimum of 1 s is there because of what iptables costs. An update of maps costs what
+    changed, so a minimum counts only when the file names it.
+    """
+    if file.mode == "ipvs":
+        return "ipvs", file.ipvs
+    if file.mode == "nftables":
+        return "nftables", file.nftables
+    return "iptables", file.iptables
+
+
+def _check_periods(section: str, min_s: float, max_s: float) -> None:
+    if min_s < 0:
+        raise ConfigError(f"{section}.minSyncPeriod: must be at least 0")
+    if max_s <= 0:
+        raise ConfigError(f"{section}.syncPeriod: must be greater than 0")
+    if min_s > max_s:
+        raise ConfigError(f"{section}.minSyncPeriod: must not be longer than syncPeriod")
+
+
+def _timeout(field: str, value: float) -> float:
+    if value < 0:
+        raise ConfigError(f"{field}: must be at least 0")
+    return float(value)
+
+
+def parse_cidr_pair(field: str, text: str) -> tuple[str, ...]:
+    """Return the canonical CIDRs in ``text``, "a" or "a,b" with one of each family; () for "".
+
+    Raises:
+        ConfigError: it is something else; the message names ``field``.
+    """
+    if not text:
+        return ()
+    networks = [_cidr(field, part.strip()) for part in text.split(",")]
+    if len(networks) > 2 or len({network.version for network in networks}) != len(networks):
+        raise ConfigError(f"{field}: {text!r} is not one CIDR or a pair of one IPv4 and one IPv6 CIDR")
+    return tuple(str(network) for network in networks)
+
+
+def _cidr(field: str, text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    try:
+        if "/" not in text:
+            raise ValueError("no prefix length")
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"{field}: {text!r} is not a CIDR such as 10.244.0.0/16 or fd00::/48: {error}"
+        ) from error
+
+
+def _node_port_addresses(values: list[str]) -> tuple[str, ...]:
+    """Return ``nodePortAddresses`` as canonical CIDRs and "primary"; the other keywords are spelt out."""
+    keywords = {
+        "all": ("0.0.0.0/0", "::/0"),
+        "localhost": ("127.0.0.0/8", "::1/128"),
+        "primary": ("primary",),
+    }
+    result: list[str] = []
+    for index, value in enumerate(values):
+        result += keywords.get(value) or (str(_cidr(f"nodePortAddresses[{index}]", value)),)
+    return tuple(dict.fromkeys(result))
+
+
+def _port_range(text: str) -> tuple[int, int]:
+    """Return the ends of "30000-32767" (as kube-apiserver's --service-node-port-range), both inclusive."""
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
+    if not match or not 0 < int(match[1]) <= int(match[2]) <= 65535:
+        raise ConfigError(f"ebpfproxy.serviceNodePortRange: {text!r} is not a range such as 30000-32767")
+    return int(match[1]), int(match[2])
+
+
+def _names(names: frozenset[str] | set[str]) -> str:
+    return ", ".join(sorted(str(name) for name in names if name))

@@ -1,0 +1,87 @@
+"""What this machine is: its name and where the kernel's file systems are mounted."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ebpfproxy.errors import KernelError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BPFFS = Path("/sys/fs/bpf")  # where every tool looks for it
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo."""
+
+    path: Path
+    root: str  # the part of the file system that is mounted; "/" = all of it
+    type: str
+
+
+def node_name(override: str = "") -> str:
+    """Return the name of the Node that this machine is: ``override``, else the host's name in lower case."""
+    return override.strip() or socket.gethostname().strip().lower()
+
+
+def mounts(text: str) -> Iterator[Mount]:
+    """Yield the mounts in ``text``, the content of /proc/self/mountinfo; later ones hide earlier ones.
+
+    Source: proc(5), /proc/pid/mountinfo; space, tab, newline and backslash are written in octal there.
+    """
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, types = before.split(), after.split()
+        if len(fields) >= 5 and types:
+            yield Mount(Path(_unescape(fields[4])), _unescape(fields[3]), types[0])
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def find_cgroup2() -> Path:
+    """Return where the cgroup v2 tree is mounted.
+
+    Raises:
+        UnsupportedError: nowhere.
+    """
+    for mount in _visible("cgroup2"):
+        return mount
+    raise UnsupportedError(
+        "no cgroup v2 file system is mounted: mount one (mount -t cgroup2 none DIR) and name it with --cgroup"
+    )
+
+
+def find_bpffs() -> Path | None:
+    """Return where a BPF file system is mounted, /sys/fs/bpf first; None: nowhere."""
+    found = list(_visible("bpf"))
+    return BPFFS if BPFFS in found else next(iter(found), None)
+
+
+def mount_bpffs(path: Path = BPFFS) -> None:
+    """Mount a BPF file system at ``path``.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700") != 0:
+        errno = ctypes.get_errno()
+        raise KernelError(f"mount a bpf file system at {path}: {os.strerror(errno)}", errno)
+
+
+def _visible(kind: str) -> Iterator[Path]:
+    """Yield where file systems of type ``kind`` are mounted and not mounted over, whole ones first."""
+    found = list(mounts(_MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")))
+    top = {mount.path: mount for mount in found}
+    ours = [mount for mount in top.values() if mount.type == kind and mount.path.is_dir()]
+    yield from (mount.path for mount in sorted(ours, key=lambda mount: mount.root != "/"))

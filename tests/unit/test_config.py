@@ -1,0 +1,276 @@
+"""The configuration file: kube-proxy's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ebpfproxy import config
+from ebpfproxy.errors import ConfigError
+from ebpfproxy.model.services import Scheduler
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAD = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
+
+# config.conf as kubeadm writes it into the ConfigMap kube-proxy.
+KUBEADM = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpBeLiberal: false
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+  udpStreamTimeout: 0s
+  udpTimeout: 0s
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+kind: KubeProxyConfiguration
+logging:
+  flushFrequency: 0
+  options:
+    json:
+      infoBufferSize: "0"
+    text:
+      infoBufferSize: "0"
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nftables:
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
+
+
+def parse(**fields: Any) -> config.Config:
+    return config.parse(HEAD | fields)
+
+
+def test_kubeadm_file_works_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.conf"
+    path.write_text(KUBEADM)
+    loaded = config.load(path)
+    assert loaded.cluster_cidrs == ("10.244.0.0/16",)
+    assert loaded.unused == ("clientConnection.kubeconfig",)
+    assert (loaded.mode, loaded.max_sync_s, loaded.scheduler) == ("auto", 30.0, Scheduler.RANDOM)
+
+
+def test_a_file_with_nothing_set_is_the_default() -> None:
+    assert parse() == config.Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [  # the examples of Go's time.ParseDuration documentation and tests
+        ("0", 0),
+        ("5s", 5),
+        ("30s", 30),
+        ("1478s", 1478),
+        ("-5s", -5),
+        ("+5s", 5),
+        ("-0", 0),
+        ("5.0s", 5),
+        ("5.6s", 5.6),
+        ("5.s", 5),
+        (".5s", 0.5),
+        ("100.00100s", 100.001),
+        ("10ns", 1e-8),
+        ("11us", 1.1e-5),
+        ("12µs", 1.2e-5),
+        ("12μs", 1.2e-5),
+        ("13ms", 0.013),
+        ("15m", 900),
+        ("16h", 57600),
+        ("3h30m", 12600),
+        ("10.5s4m", 250.5),
+        ("-2m3.4s", -123.4),
+        ("1h2m3s4ms5us6ns", 3723.004005006),
+        ("39h9m14.425s", 140954.425),
+    ],
+)
+def test_duration(text: str, seconds: float) -> None:
+    assert config.parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "-", "s", ".", "-.", ".s", "+.s", "1d", "3 s", "s3", "1h-2m", "٣s"]
+)
+def test_not_a_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        config.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"mode": "bpf"}, {"mode": "bpf"}),
+        ({"hostnameOverride": " Node-A "}, {"hostname_override": "node-a"}),
+        ({"clusterCIDR": "10.244.1.7/16,fd00:0::/48"}, {"cluster_cidrs": ("10.244.0.0/16", "fd00::/48")}),
+        (
+            {"nodePortAddresses": ["primary", "192.0.2.7/24"]},
+            {"node_port_addresses": ("primary", "192.0.2.0/24")},
+        ),
+        ({"nodePortAddresses": ["localhost"]}, {"node_port_addresses": ("127.0.0.0/8", "::1/128")}),
+        ({"nodePortAddresses": ["all"]}, {"node_port_addresses": ("0.0.0.0/0", "::/0")}),
+        ({"detectLocalMode": "NodeCIDR"}, {"detect_local_mode": "NodeCIDR"}),
+        ({"ipvs": {"scheduler": "wrr"}}, {"scheduler": Scheduler.WRR}),
+        ({"ipvs": {"scheduler": "mh"}}, {"scheduler": Scheduler.MAGLEV}),
+        ({"iptables": {"minSyncPeriod": "500ms", "syncPeriod": "1m"}}, {"min_sync_s": 0.5, "max_sync_s": 60}),
+        (
+            {"conntrack": {"tcpEstablishedTimeout": "24h", "udpTimeout": "30s"}},
+            {"tcp_established_s": 86400, "udp_s": 30},
+        ),
+        ({"logging": {"format": "json", "verbosity": 4}}, {"log_format": "json", "log_debug": True}),
+        ({"ebpfproxy": {"loader": "bcc", "devices": ["eth*"]}}, {"loader": "bcc", "devices": ("eth*",)}),
+        ({"ebpfproxy": {"mapSizes": {"slots": 1024}}}, {"map_sizes": {"slots": 1024}}),
+        (
+            {"ebpfproxy": {"serviceClusterIPRange": "10.0.0.0/24,fd01::/112"}},
+            {"service_cluster_ip_ranges": ("10.0.0.0/24", "fd01::/112")},
+        ),
+        ({"ebpfproxy": {"serviceNodePortRange": "80-90"}}, {"service_node_port_range": (80, 90)}),
+        ({"ebpfproxy": {"udpIdle": "90s"}}, {"udp_idle_s": 90}),
+        ({"clusterCIDR": None, "conntrack": {"min": None}}, {}),
+    ],
+)
+def test_fields_that_count(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    loaded = parse(**fields)
+    default = config.Config()
+    assert loaded.unused == ()
+    assert {name: getattr(loaded, name) for name in expected} == expected
+    others = [name for name in loaded.__struct_fields__ if name not in expected]
+    assert [getattr(loaded, name) for name in others] == [getattr(default, name) for name in others]
+
+
+def test_each_mode_has_its_own_sync_periods() -> None:
+    periods = {"minSyncPeriod": "2s", "syncPeriod": "40s"}
+    assert parse(mode="ipvs", ipvs=periods).min_sync_s == 2
+    assert parse(mode="nftables", nftables=periods).max_sync_s == 40
+    assert parse(mode="iptables", ipvs=periods).min_sync_s == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "unused"),
+    [
+        ({"mode": "iptables"}, ("mode: iptables (bpf is used)",)),
+        ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
+        ({"iptables": {"masqueradeAll": True}}, ("iptables.masqueradeAll",)),
+        ({"featureGates": {"SomeGate": True}}, ("featureGates",)),
+        ({"metricsBindAddress": "0.0.0.0:10249"}, ("metricsBindAddress",)),
+        ({"metricsBindAddress": "127.0.0.1:10249", "oomScoreAdj": -999}, ()),  # as it is by default
+        (
+            {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}},
+            (
+                "detectLocal.bridgeInterface",
+                "detectLocalMode: BridgeInterface (use ClusterCIDR or NodeCIDR)",
+            ),
+        ),
+        (
+            {"conntrack": {"min": 5, "tcpBeLiberal": True}, "winkernel": {"enableDSR": True}},
+            ("winkernel.enableDSR", "conntrack.min", "conntrack.tcpBeLiberal"),
+        ),
+        ({"logging": {"options": {"json": {"splitStream": True}}}}, ("logging.options",)),
+    ],
+)
+def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[str, ...]) -> None:
+    assert parse(**fields).unused == unused
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "Service"}, "kind: expected KubeProxyConfiguration"),
+        ({"apiVersion": "v1"}, "apiVersion: expected kubeproxy.config.k8s.io/v1alpha1"),
+        ({"clusterCidr": "10.0.0.0/8"}, "unknown field `clusterCidr`"),
+        ({"ipvs": {"schedular": "rr"}}, "unknown field `schedular` - at `ipvs`"),
+        ({"ebpfproxy": {"nope": 1}}, "unknown field `nope` - at `ebpfproxy`"),
+        ({"conntrack": {"maxPerCore": "many"}}, "Expected `int`, got `str` - at `conntrack.maxPerCore`"),
+        (
+            {"conntrack": {"udpTimeout": 30}},
+            "expected a duration such as 30s, got 30 - at `conntrack.udpTimeout`",
+        ),
+        ({"conntrack": {"udpTimeout": "30"}}, "'30' is not a duration.* at `conntrack.udpTimeout`"),
+        ({"conntrack": {"udpTimeout": "-1s"}}, "conntrack.udpTimeout: must be at least 0"),
+        ({"clusterCIDR": "10.244.0.0"}, "clusterCIDR: '10.244.0.0' is not a CIDR"),
+        ({"clusterCIDR": "10.0.0.0/8,11.0.0.0/8"}, "clusterCIDR: .* one IPv4 and one IPv6"),
+        ({"clusterCIDR": "10.0.0.0/33"}, "clusterCIDR"),
+        ({"nodePortAddresses": ["127.0.0.1"]}, r"nodePortAddresses\[0\]: '127.0.0.1' is not a CIDR"),
+        ({"nodePortAddresses": "127.0.0.1/8"}, "Expected `array`, got `str` - at `nodePortAddresses`"),
+        ({"mode": "kernelspace"}, "mode: 'kernelspace' is none of auto, bpf, iptables"),
+        ({"ipvs": {"scheduler": "best"}}, "ipvs.scheduler: 'best' is none of"),
+        ({"detectLocalMode": "clustercidr"}, "detectLocalMode: 'clustercidr' is none of"),
+        ({"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}, "iptables.minSyncPeriod: .*longer"),
+        ({"iptables": {"syncPeriod": "-1s"}}, "iptables.syncPeriod: must be greater than 0"),
+        ({"logging": {"format": "xml"}}, "logging.format: 'xml'"),
+        ({"ebpfproxy": {"loader": "ld"}}, "ebpfproxy.loader: 'ld'"),
+        ({"ebpfproxy": {"mapSizes": {"slots": 0}}}, "ebpfproxy.mapSizes.slots: 0"),
+        ({"ebpfproxy": {"serviceNodePortRange": "9-8"}}, "ebpfproxy.serviceNodePortRange: '9-8'"),
+    ],
+)
+def test_wrong_fields_are_errors(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML: .*line"),
+        ("- a\n", "expected a mapping with kind: KubeProxyConfiguration"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_wrong_files_are_errors(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"(?s){path}.*{message}"):
+        config.load(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="read configuration .*No such file"):
+        config.load(tmp_path / "none.yaml")
