@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
 from rig import kernel, leaks
+from rig.probe import Load, Probe
 from rig.process import Place
+from rig.servers import dns_server, iperf3_server, name_servers
+from rig.topology import GATEWAYS, OUTSIDE_IPS, Topology
 from rig.wait import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -62,3 +66,82 @@ def test_bpffs_is_removed_with_its_pins(nothing_left: None) -> None:
     with kernel.new_bpffs() as path:
         (path / "directory" / "below").mkdir(parents=True)
     assert not path.exists()
+
+
+# --- the topology, with plain connections and no agent
+
+
+@pytest.fixture(scope="module")
+def plain(nothing_left: None) -> Iterator[Topology]:
+    with (
+        Topology(pod_count=2) as made,
+        name_servers(((pod.name, pod.place) for pod in made.pods), 8080),
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+@pytest.mark.parametrize("origin", ["node", "pod", "outside"])
+def test_every_place_reaches_the_pods(plain: Topology, origin: str, family: int) -> None:
+    first, second = plain.pods
+    place = {"node": plain.on_node, "pod": plain.in_cgroup(first), "outside": plain.from_outside}[origin]
+    own = {"node": GATEWAYS, "pod": first.ips, "outside": OUTSIDE_IPS}[origin][family]
+    with Probe(place) as probe:
+        assert probe.answers(second.ips[family], 8080) == [f"pod2 {own}"]
+        assert probe.udp(second.ips[family], 8080, 3) == {"pod2": 3}
+        assert probe.udp(second.ips[family], 8080, connect=True) == {"pod2": 1}
+
+
+def test_curl_reaches_a_pod(plain: Topology) -> None:
+    url = f"http://[{plain.pods[0].v6}]:8080/"
+    assert plain.from_outside.run("curl", "-sS", url).stdout.startswith("pod1 ")
+
+
+def test_errors_of_remote_sockets_are_raised_here(plain: Topology) -> None:
+    with Probe(plain.on_node) as probe, probe.socket(socket.SOCK_STREAM) as remote:
+        with pytest.raises(ConnectionRefusedError):
+            remote.connect(plain.pods[0].v4, 9)
+        with pytest.raises(OSError, match="not connected"):
+            remote.getpeername()
+
+
+@pytest.mark.parametrize("mode", ["new", "keep", "udp", "udp-keep"])
+def test_load_counts_answers_and_failures(plain: Topology, mode: str) -> None:
+    pod = plain.pods[0]
+    with Probe(plain.on_node) as probe:
+        with probe.load(pod.v4, 8080, mode=mode) as load:
+            assert set(load.more(50)) == {"pod1"}
+        if mode.startswith("udp"):  # an ICMP error does not reach an unconnected socket
+            return
+        load = Load(probe, probe.call("load", mode, pod.v4, 9, 1, 0.01))
+        eventually(lambda: load.counts()[1], "a failure")
+        answers, failures = load.stop()
+        assert not answers
+        assert "ConnectionRefusedError" in failures[0]
+
+
+def test_dns_server_answers(plain: Topology) -> None:
+    pod = plain.pods[0]
+    with dns_server(pod.place, {"web.test": ("192.0.2.80", "2001:db8::80")}):
+        for family, kind in enumerate(("A", "AAAA")):
+            answer = plain.on_node.run("dig", f"@{pod.ips[family]}", "web.test", kind, "+short").stdout
+            assert answer.strip() == ("192.0.2.80", "2001:db8::80")[family]
+
+
+def test_iperf3_server_answers(plain: Topology) -> None:
+    pod = plain.pods[0]
+    with iperf3_server(pod.place):
+        plain.on_node.run("iperf3", "-c", pod.v6, "-n", "1M")
+
+
+def test_topology_is_removed_when_its_making_fails(
+    nothing_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Topology) -> None:
+        raise LookupError
+
+    before = leaks.find()
+    monkeypatch.setattr(Topology, "_connect_outside", fail)
+    with pytest.raises(LookupError), Topology():
+        pass
+    assert leaks.find() == before

@@ -1,0 +1,176 @@
+"""The real agent, run in a topology's node."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from rig.names import unique
+from rig.topology import NODE_NAME
+from rig.wait import eventually
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rig.objects import Object
+    from rig.process import Process
+    from rig.topology import Topology
+
+START_S = 60  # BCC compiles at start, on a machine that may be busy
+
+
+class Agent:
+    """``ebpfproxy run`` with a manifests directory of its own.
+
+    Args:
+        net: where it runs.
+        loader: as the flag.
+        arguments: further flags.
+        config: fields of the KubeProxyConfiguration file; none = no file.
+        env: further environment.
+    """
+
+    live: ClassVar[list[Agent]] = []
+
+    def __init__(
+        self,
+        net: Topology,
+        *,
+        loader: str = "libbpf",
+        arguments: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.net, self.loader, self.arguments, self.env = net, loader, list(arguments), env or {}
+        directory = net.directory / unique("agent")
+        self.manifests, self.state_dir = directory / "manifests", directory / "state"
+        self.manifests.mkdir(parents=True)
+        self.config_file: Path | None = None
+        if config is not None:
+            self.config_file = directory / "config.yaml"
+            self.config_file.write_text(
+                json.dumps(
+                    {
+                        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+                        "kind": "KubeProxyConfiguration",
+                        **config,
+                    }
+                )
+            )
+        self._notify_path = directory / "notify"
+        self._notify: socket.socket | None = None
+        self._processes: list[Process] = []
+        Agent.live.append(self)
+
+    # --- manifests
+
+    def write(self, *objects: Object, file: str = "objects.json") -> None:
+        """Replace one manifest file, by rename as a careful writer does."""
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}, indent=1)
+        self.write_text(file, text)
+
+    def write_text(self, file: str, text: str) -> None:
+        temporary = self.manifests / f".{file}.new"
+        temporary.write_text(text)
+        temporary.replace(self.manifests / file)
+
+    # --- the process
+
+    @property
+    def process(self) -> Process:
+        return self._processes[-1]
+
+    def start(self, *, wait: bool = True, loader: str = "") -> Self:
+        """Start it; with ``wait`` return when it told systemd that it is ready."""
+        self.loader = loader or self.loader
+        if self._notify:
+            self._notify.close()
+        self._notify_path.unlink(missing_ok=True)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(self._notify_path))
+        command = [
+            *[sys.executable, "-m", "ebpfproxy", "run", "--manifests", self.manifests],
+            *["--node-name", NODE_NAME, "--cgroup", self.net.cgroup, "--bpffs", self.net.bpffs],
+            *["--state-dir", self.state_dir, "--loader", self.loader],
+            *(["--config", self.config_file] if self.config_file else []),
+            *self.arguments,
+        ]
+        env = {"NOTIFY_SOCKET": str(self._notify_path), **self.env}
+        self._processes.append(self.net.on_node_bare.start(*command, env=env))
+        if wait:
+            self.wait_notified("READY=1")
+        return self
+
+    def wait_notified(self, line: str) -> None:
+        """Wait for a line of systemd's notification protocol."""
+        assert self._notify
+        self._notify.settimeout(0.1)
+
+        def told() -> bool:
+            assert self._notify
+            assert self.process.poll() is None, f"the agent ended:\n{self.output()}"
+            try:
+                return line in self._notify.recv(4096).decode().split("\n")
+            except TimeoutError:
+                return False
+
+        try:
+            eventually(told, f"{line} from the agent", timeout_s=START_S)
+        except AssertionError as error:
+            msg = f"{error}\n{self.output()}"
+            raise AssertionError(msg) from None
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of it gets the chance to tidy up."""
+        self.process.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM, as systemd stops it; it must end well."""
+        self.process.signal(signal.SIGTERM)
+        status = self.process.wait()
+        assert status == 0, f"exit status {status} on SIGTERM:\n{self.output()}"
+
+    def restart(self, *, loader: str = "") -> None:
+        """SIGKILL and start again."""
+        self.kill()
+        self.start(loader=loader)
+
+    def reload(self) -> None:
+        """SIGHUP, and wait until it is ready again."""
+        self.process.signal(signal.SIGHUP)
+        self.wait_notified("READY=1")
+
+    def output(self) -> str:
+        """Return the log of every start so far."""
+        return "\n--- started again ---\n".join(process.output() for process in self._processes)
+
+    def stop(self) -> None:
+        """End every process of it; idempotent."""
+        for process in self._processes:
+            process.stop()
+        if self._notify:
+            self._notify.close()
+            self._notify = None
+        if self in Agent.live:
+            Agent.live.remove(self)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # --- the command line, from the node
+
+    def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run another ``ebpfproxy`` command on the node."""
+        return self.net.on_node_bare.run(sys.executable, "-m", "ebpfproxy", *arguments, check=check)
+
+    def rows(self, noun: str, *arguments: str) -> Any:
+        """Return what a reading command says with ``-o json``."""
+        return json.loads(self.cli(noun, *arguments, "--bpffs", self.net.bpffs, "-o", "json").stdout)
