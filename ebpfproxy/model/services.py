@@ -122,17 +122,20 @@ class Service(msgspec.Struct, frozen=True):
     health_check_node_port: int = 0
     type: str = "ClusterIP"  # as in the object, for people
 
-    def pool(self, kind: FrontendKind, *, is_external: bool) -> Pool:
-        """Return the backends for a frontend of ``kind``, by where the traffic comes from.
+    def policy(self, kind: FrontendKind, *, is_external: bool) -> Policy:
+        """Return the traffic policy for a frontend of ``kind``, by where the traffic comes from.
 
         Source: SERVICES.md section 4; kube-proxy short-circuits traffic from the node and its pods to
         an external VIP to policy Cluster.
         """
         if kind is FrontendKind.CLUSTER_IP:
-            policy = self.internal_policy
-        else:
-            policy = self.external_policy if is_external else Policy.CLUSTER
-        return self.local if policy is Policy.LOCAL else self.cluster
+            return self.internal_policy
+        return self.external_policy if is_external else Policy.CLUSTER
+
+    def pool(self, kind: FrontendKind, *, is_external: bool) -> Pool:
+        """Return the backends for a frontend of ``kind``, by where the traffic comes from."""
+        is_local = self.policy(kind, is_external=is_external) is Policy.LOCAL
+        return self.local if is_local else self.cluster
 
 
 class NodePortAddresses(msgspec.Struct, frozen=True):

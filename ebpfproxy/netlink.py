@@ -1,0 +1,276 @@
+"""The one home of netlink: this host's devices and addresses, their changes, and clsact filters.
+
+pyroute2 is imported where it is used: that takes 0.15 s, which commands that only read must not pay.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ebpfproxy.errors import KernelError
+from ebpfproxy.model.services import NodePortAddresses
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
+
+PRIMARY = "primary"  # the special value of nodePortAddresses
+
+# Multicast groups of rtnetlink that say that a device or an address came, went or changed (rtnetlink.h).
+_RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
+_IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
+_IFA_F_SECONDARY = 0x1  # of IPv6: temporary (RFC 8981)
+_RT_SCOPE_UNIVERSE = 0
+
+# TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS or TC_H_MIN_EGRESS), pkt_sched.h
+INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
+_CLSACT_HANDLE, _CLSACT_PARENT = 0xFFFF0000, 0xFFFFFFF1
+# Our place among the filters of a device: a number that people don't choose, before the default 49152.
+_FILTER_PRIO, _FILTER_HANDLE = 47100, 1
+
+
+class Device(NamedTuple):
+    """A network device."""
+
+    index: int
+    name: str
+    kind: str  # "veth", "bridge", "vlan", ...; "" for hardware
+    port_of: str  # kind of the device that it is a port of: "bridge", "bond", "vrf", ...; "" = none
+    is_loopback: bool
+    is_up: bool
+
+
+class Address(NamedTuple):
+    """An address of this host."""
+
+    address: str  # canonical
+    family: int  # 4 | 6
+    device: int  # index
+    is_global: bool  # neither link-local nor host scope
+    is_secondary: bool  # a further address of a subnet, or a temporary one
+
+
+class Filter(NamedTuple):
+    """A BPF filter of ours on a device's clsact."""
+
+    device: int  # index
+    parent: int  # INGRESS | EGRESS
+    name: str
+    program_id: int
+
+
+class Watch:
+    """Tells that a device or an address changed; what changed has to be read anew."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+        )
+        self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
+
+    def fileno(self) -> int:
+        """Return what to wait for with select or poll."""
+        return self._socket.fileno()
+
+    def changed(self) -> bool:
+        """Return whether anything changed since the last call; does not block."""
+        is_changed = False
+        while True:
+            try:
+                self._socket.recv(65536)
+            except BlockingIOError:
+                return is_changed
+            except OSError:  # ENOBUFS: more changes than the socket could hold
+                return True
+            is_changed = True
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._socket.close()
+
+
+@contextmanager
+def _iproute(what: str) -> Iterator[IPRoute]:
+    """Yield a netlink socket; its errors become ours."""
+    from pyroute2.iproute.linux import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as route:
+            yield route
+    except NetlinkError as error:
+        raise KernelError(f"{what}: {os.strerror(error.code)}", error.code) from error
+    except OSError as error:
+        raise KernelError(f"{what}: {error.strerror}", error.errno or 0) from error
+
+
+def devices() -> list[Device]:
+    """Return the devices of this network namespace."""
+    with _iproute("list network devices") as route:
+        return [_device(link) for link in route.get_links()]
+
+
+def _device(link: Any) -> Device:
+    info = link.get("linkinfo") or {}
+    return Device(
+        index=link["index"],
+        name=link.get("ifname"),
+        kind=info.get("kind") or "",
+        port_of=info.get("slave_kind") or "",
+        is_loopback=bool(link["flags"] & _IFF_LOOPBACK),
+        is_up=bool(link["flags"] & _IFF_UP),
+    )
+
+
+def select_devices(found: Iterable[Device], patterns: Sequence[str]) -> list[Device]:
+    """Return the devices that ``patterns`` (shell globs) name.
+
+    Without patterns: all but loopback and the ports of a bridge, bond or team, whose traffic is seen on the
+    device above them.
+    """
+    if patterns:
+        return [
+            device
+            for device in found
+            if any(fnmatch.fnmatchcase(device.name, pattern) for pattern in patterns)
+        ]
+    return [d for d in found if not d.is_loopback and d.port_of not in ("bridge", "bond", "team")]
+
+
+def addresses() -> list[Address]:
+    """Return the addresses of this network namespace in the kernel's order, loopback included."""
+    with _iproute("list addresses") as route:
+        return [_address(entry) for entry in route.get_addr()]
+
+
+def _address(entry: Any) -> Address:
+    text = str(ipaddress.ip_address(entry.get("local") or entry.get("address")))
+    return Address(
+        address=text,
+        family=6 if entry["family"] == socket.AF_INET6 else 4,
+        device=entry["index"],
+        is_global=entry["scope"] == _RT_SCOPE_UNIVERSE,
+        is_secondary=bool((entry.get("flags") or entry["flags"]) & _IFA_F_SECONDARY),
+    )
+
+
+def node_port_addresses(
+    found: Iterable[Address], selectors: Sequence[str] = (), primary: Iterable[str] = ()
+) -> NodePortAddresses:
+    """Return which addresses serve NodePorts.
+
+    Args:
+        found: this host's addresses.
+        selectors: CIDRs, or "primary"; none = every address but link-local ones.
+        primary: the Node object's own addresses; without them "primary" is the first global address of
+            each family.
+
+    Source: kube-proxy's ``nodePortAddresses``.
+    """
+    every = [address for address in found if not _is_link_local(address.address)]
+    networks = [ipaddress.ip_network(selector, strict=False) for selector in selectors if selector != PRIMARY]
+    serving = set()
+    for address in every:
+        value = ipaddress.ip_address(address.address)
+        if not selectors or any(value in network for network in networks):
+            serving.add(address.address)
+    if PRIMARY in selectors:
+        wanted = set(primary)
+        mine = [address.address for address in every if address.address in wanted]
+        serving.update(mine or _first_global(every))
+    return NodePortAddresses(frozenset(serving), frozenset(address.address for address in found))
+
+
+def _is_link_local(address: str) -> bool:
+    return ipaddress.ip_address(address).is_link_local
+
+
+def _first_global(found: Iterable[Address]) -> list[str]:
+    first: dict[int, str] = {}
+    for address in found:
+        if address.is_global and not address.is_secondary:
+            first.setdefault(address.family, address.address)
+    return list(first.values())
+
+
+def set_filter(device: int, parent: int, program_fd: int, name: str) -> bool:
+    """Attach a program to a device's clsact, direct action; replaces ours atomically.
+
+    Args:
+        device: its index.
+        parent: INGRESS | EGRESS.
+        program_fd: a tc program.
+        name: what ``tc filter show`` and ``list_filters`` say.
+
+    Returns:
+        Whether the clsact qdisc had to be added.
+    """
+    import errno
+
+    with _iproute(f"attach a filter to device {device}") as route:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        is_added = True
+        try:
+            route.tc("add", "clsact", device)
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise
+            is_added = False
+        route.tc(
+            "replace-filter",
+            "bpf",
+            device,
+            _FILTER_HANDLE,
+            parent=parent,
+            prio=_FILTER_PRIO,
+            fd=program_fd,
+            name=name,
+            direct_action=True,
+        )
+    return is_added
+
+
+def list_filters(prefix: str) -> list[Filter]:
+    """Return the clsact filters at our place whose name starts with ``prefix``, on every device."""
+    found = []
+    with _iproute("list filters") as route:
+        for link in list(route.get_links()):
+            for parent in (INGRESS, EGRESS):
+                for entry in route.get_filters(index=link["index"], parent=parent):
+                    options = entry.get("options")
+                    name = options.get("name") if options is not None and entry.get("kind") == "bpf" else None
+                    if name and name.startswith(prefix) and entry["info"] >> 16 == _FILTER_PRIO:
+                        found.append(Filter(link["index"], parent, name, options.get("id") or 0))
+    return found
+
+
+def remove_filter(filter_: Filter) -> None:
+    """Remove a filter of ours, and the clsact qdisc if it held nothing else."""
+    with _iproute(f"remove filter {filter_.name} from device {filter_.device}") as route:
+        route.tc("del-filter", "bpf", filter_.device, 0, parent=filter_.parent, prio=_FILTER_PRIO)
+        if not any(list(route.get_filters(index=filter_.device, parent=p)) for p in (INGRESS, EGRESS)):
+            route.tc("del", "clsact", filter_.device)
+
+
+__all__ = [
+    "EGRESS",
+    "INGRESS",
+    "PRIMARY",
+    "Address",
+    "Device",
+    "Filter",
+    "Watch",
+    "addresses",
+    "devices",
+    "list_filters",
+    "node_port_addresses",
+    "remove_filter",
+    "select_devices",
+    "set_filter",
+]
