@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import select
 import stat
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,6 +71,28 @@ class _File(NamedTuple):
     problems: tuple[str, ...]
 
 
+class _Alarm:
+    """Ends a poll from another thread."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()  # so that nobody rings at a number that has become another file
+
+    def ring(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class DirectorySource:
     """Delivers the objects in the manifest files of a directory.
 
@@ -95,16 +118,19 @@ class DirectorySource:
         self._next_look = 0.0
         self._is_closed = False
         self._must_reread = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._inotify = inotify_simple.INotify()
+        except OSError as error:
+            raise SourceError(f"watch directory {directory}: inotify: {error.strerror}") from error
+        try:
             self._watch()
         except OSError as error:
-            os.close(self._wake)
+            self._inotify.close()
             raise SourceError(f"watch directory {directory}: {error.strerror}") from error
+        self._alarm = _Alarm()
         self._poller = select.poll()
         self._poller.register(self._inotify.fd, select.POLLIN)
-        self._poller.register(self._wake, select.POLLIN)
+        self._poller.register(self._alarm.fd, select.POLLIN)
 
     # --- the Source protocol ---------------------------------------------------------------------
 
@@ -120,26 +146,26 @@ class DirectorySource:
                     yield batch
         finally:
             self._inotify.close()
+            self._alarm.close()
             if self._last_good:
                 self._last_good.close()
 
     def reread(self) -> None:
         """Read everything again, changed or not."""
         self._must_reread = True
-        os.eventfd_write(self._wake, 1)
+        self._alarm.ring()
 
     def close(self) -> None:
         """End ``batches``."""
         self._is_closed = True
-        os.eventfd_write(self._wake, 1)
+        self._alarm.ring()
 
     # --- waiting ---------------------------------------------------------------------------------
 
     def _next(self) -> list[SourceEvent]:
         """Wait for something to happen, and return what changed."""
         self._poller.poll(max(0.0, self._deadline() - time.monotonic()) * 1000 + 1)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        self._alarm.silence()
         if self._is_closed:
             return []
         written, look = self._take_events()

@@ -160,7 +160,10 @@ def test_not_a_duration(text: str) -> None:
         ({"detectLocalMode": "NodeCIDR"}, {"detect_local_mode": "NodeCIDR"}),
         ({"ipvs": {"scheduler": "wrr"}}, {"scheduler": Scheduler.WRR}),
         ({"ipvs": {"scheduler": "mh"}}, {"scheduler": Scheduler.MAGLEV}),
-        ({"iptables": {"minSyncPeriod": "500ms", "syncPeriod": "1m"}}, {"min_sync_s": 0.5, "max_sync_s": 60}),
+        (
+            {"iptables": {"minSyncPeriod": "500ms", "syncPeriod": "1m"}},
+            {"min_sync_s": 0.5, "max_sync_s": 60},
+        ),
         (
             {"conntrack": {"tcpEstablishedTimeout": "24h", "udpTimeout": "30s"}},
             {"tcp_established_s": 86400, "udp_s": 30},
@@ -272,5 +275,5 @@ def test_wrong_files_are_errors(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="read configuration .*No such file"):
+    with pytest.raises(ConfigError, match=r"read configuration .*No such file"):
         config.load(tmp_path / "none.yaml")
