@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
+import struct
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ebpfproxy.errors import KernelError, MapFullError
@@ -31,6 +33,11 @@ BATCH_BYTES = 4 << 20
 def align8(size: int) -> int:
     """Return ``size`` rounded up to 8: how the kernel spaces array values and per-CPU values."""
     return (size + 7) & ~7
+
+
+def split(data: memoryview, size: int) -> Iterator[bytes]:
+    """Yield ``data`` in pieces of ``size`` bytes."""
+    return itertools.chain.from_iterable(struct.iter_unpack(f"{size}s", data))
 
 
 class MapDefinition(NamedTuple):
@@ -158,16 +165,8 @@ class Map(Descriptor):
         """Return all entries (of an array: every index); not a snapshot while programs write."""
         try:
             found: list[tuple[bytes, bytes]] = []
-            for count, keys, values in self._batches():
-                key_bytes, value_bytes = bytes(keys), bytes(values)
-                key_size, value_size = self.key_size, self._item_size
-                found += [
-                    (
-                        key_bytes[n * key_size : (n + 1) * key_size],
-                        value_bytes[n * value_size : (n + 1) * value_size],
-                    )
-                    for n in range(count)
-                ]
+            for _, keys, values in self._batches():
+                found += zip(split(keys, self.key_size), split(values, self._item_size), strict=True)
         except KernelError as error:
             # EINTR: keys vanished faster than the kernel could follow (LPM tries).
             if error.errno not in NO_BATCH | {errno.EINTR}:
