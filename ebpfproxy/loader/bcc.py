@@ -113,13 +113,6 @@ def headers_problem(environ: os._Environ[str] | dict[str, str], system: Path = P
     return f"there are no kernel headers for {release}: {way_out}"
 
 
-def headers_version(folder: Path) -> str | None:
-    """Return the LINUX_VERSION_CODE of a folder of headers."""
-    file = folder / "include/generated/uapi/linux/version.h"
-    found = re.search(r"LINUX_VERSION_CODE (\d+)", file.read_text()) if file.is_file() else None
-    return found[1] if found else None
-
-
 def text_stamp(path: Path) -> str:
     """Return the stamp in the first line of a flattened text."""
     if not path.is_file():
@@ -143,10 +136,6 @@ def config_initialiser(config: Any) -> str:
 def compile_and_pin(text: Path, cflags: list[str], programs: list[ProgramDefinition], pinned: Path) -> None:
     """Let BCC compile ``text`` in another process and pin its programs by name in ``pinned``."""
     environ = dict(os.environ)
-    folder = environ.get("BCC_KERNEL_SOURCE")
-    version = headers_version(Path(folder)) if folder else None
-    if version:
-        environ.setdefault("BCC_LINUX_VERSION_CODE", version)
     package = str(Path(__file__).resolve().parents[2])
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
     request = {
