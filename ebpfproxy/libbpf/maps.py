@@ -163,17 +163,21 @@ class Map(Descriptor):
 
     def items(self) -> list[tuple[bytes, bytes]]:
         """Return all entries (of an array: every index); not a snapshot while programs write."""
+        return list(itertools.chain.from_iterable(self.chunks()))
+
+    def chunks(self, size: int | None = None) -> Iterator[list[tuple[bytes, bytes]]]:
+        """Yield all entries in lists of about ``size``; in between, anyone may write and delete."""
+        begun = False
         try:
-            found: list[tuple[bytes, bytes]] = []
-            for _, keys, values in self._batches():
-                found += zip(split(keys, self.key_size), split(values, self._item_size), strict=True)
+            for _, keys, values in self._batches(size):
+                begun = True
+                yield list(zip(split(keys, self.key_size), split(values, self._item_size), strict=True))
         except KernelError as error:
             # EINTR: keys vanished faster than the kernel could follow (LPM tries).
-            if error.errno not in NO_BATCH | {errno.EINTR}:
+            if begun or error.errno not in NO_BATCH | {errno.EINTR}:
                 raise
             pairs = ((key, self.get(key)) for key in self._keys())
-            return [(key, value) for key, value in pairs if value is not None]
-        return found
+            yield [(key, value) for key, value in pairs if value is not None]
 
     def count(self) -> int:
         """Return the number of entries; of an array max_entries."""
@@ -272,9 +276,9 @@ class Map(Descriptor):
     def _chunk(self) -> int:
         return max(1, min(self.max_entries, BATCH_BYTES // (self.key_size + self._item_size)))
 
-    def _batches(self) -> Iterator[tuple[int, memoryview, memoryview]]:
+    def _batches(self, size: int | None = None) -> Iterator[tuple[int, memoryview, memoryview]]:
         """Yield (count, keys, values); the buffers are reused for the next batch."""
-        chunk = self._chunk()
+        chunk = min(size or self.max_entries, self._chunk())
         # A hash map's cursor is a __u32, that of all others a key.
         cursors = [ffi.new("char[]", max(self.key_size, 4)) for _ in range(2)]
         count = ffi.new("__u32 *")
