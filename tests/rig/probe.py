@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
     from rig.process import Place
 
+TIMEOUT_S = 5.0  # nothing in a test takes that long unless it is lost
 CHILD = Path(__file__).with_name("probe_child.py")
 
 
 class RemoteSocket:
-    """A socket of the probe's process; errors of the system are raised here.
-
-    Its timeout is 5 s: nothing in a test takes that long unless it is lost.
-    """
+    """A socket of the probe's process; errors of the system are raised here."""
 
     def __init__(self, probe: Probe, number: int) -> None:
         self._probe, self._number = probe, number
@@ -136,6 +134,15 @@ class Probe:
         if error:
             raise error
         return result
+
+    @contextlib.contextmanager
+    def impatient(self, timeout_s: float = 0.5) -> Iterator[None]:
+        """Wait for answers that long instead of 5 s: where none is expected."""
+        self.call("timeout", timeout_s)
+        try:
+            yield
+        finally:
+            self.call("timeout", TIMEOUT_S)
 
     def socket(
         self,

@@ -1,0 +1,246 @@
+"""Who answers: every kind of Service, from every place, over TCP and UDP, IPv4 and IPv6."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS
+
+from . import catalogue as known
+
+if TYPE_CHECKING:
+    from .conftest import World
+
+pytestmark = [pytest.mark.root, pytest.mark.netns]
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+EVERYWHERE = ("node", "pod", "pod-in-cgroup", "outside")
+BY_SOCKET = ("node", "pod-in-cgroup")  # sock_lb
+BY_PACKET = ("pod", "outside")  # tc_lb
+LOOPBACK = ("127.0.0.1", "::1")
+
+ALL = frozenset({"pod1", "pod2", "pod3"})
+LOCAL = frozenset({"pod1", "pod2"})
+
+
+class Row(NamedTuple):
+    what: str
+    origins: tuple[str, ...]
+    vips: tuple[str, str]  # IPv4, IPv6
+    port: int
+    names: frozenset[str]
+    transports: tuple[str, ...] = ("tcp", "udp", "udp-connected")
+
+
+ANSWERED = [
+    Row("cluster IP", EVERYWHERE, known.WEB, 80, ALL),
+    Row("cluster IP, second port", EVERYWHERE, known.WEB, 81, ALL, ("tcp",)),
+    Row("cluster IP of a NodePort", EVERYWHERE, known.NODE_PORT, 80, ALL),
+    Row("NodePort", EVERYWHERE, NODE_IPS, 30080, ALL),
+    Row("NodePort at the node's other address", EVERYWHERE, GATEWAYS, 30080, ALL),
+    Row("NodePort on loopback", ("node",), LOOPBACK, 30080, ALL),
+    Row("external IP", EVERYWHERE, known.EXTERNAL, 80, ALL),
+    Row("load balancer", EVERYWHERE, known.BALANCED, 80, ALL),
+    Row("external policy Local, from outside", ("outside",), NODE_IPS, 30017, LOCAL),
+    Row("external policy Local, from here", EVERYWHERE[:3], NODE_IPS, 30017, ALL),
+    Row("external policy Local, cluster IP", EVERYWHERE[:3], known.LOCAL_EXTERNAL, 80, ALL),
+    Row("external policy Local, none local, from here", EVERYWHERE[:3], NODE_IPS, 30019, frozenset({"pod3"})),
+    Row("internal policy Local", EVERYWHERE[:3], known.LOCAL_INTERNAL, 80, LOCAL),
+    Row("only a terminating endpoint", EVERYWHERE, known.TERMINATING, 80, frozenset({"pod1"})),
+    Row("named target port, other in each pod", EVERYWHERE, known.NAMED, 80, LOCAL, ("tcp",)),
+    Row("no VIP: the node itself", EVERYWHERE, NODE_IPS, 8080, frozenset({"node"})),
+]
+
+
+def cases(rows: list[Row]) -> list[object]:
+    return [
+        pytest.param(row, origin, family, transport, id=f"{row.what}-{origin}-v{'46'[family]}-{transport}")
+        for row in rows
+        for origin in row.origins
+        for family in (0, 1)
+        for transport in row.transports
+    ]
+
+
+def ask(world: World, origin: str, address: str, port: int, transport: str, count: int = 1) -> set[str]:
+    probe = world.probes[origin]
+    if transport == "tcp":
+        return set(probe.tcp(address, port, count))
+    return set(probe.udp(address, port, count, connect=transport == "udp-connected"))
+
+
+@pytest.mark.parametrize(("row", "origin", "family", "transport"), cases(ANSWERED))
+def test_answered_by(world: World, row: Row, origin: str, family: int, transport: str) -> None:
+    # Nine requests go three times around.
+    assert ask(world, origin, row.vips[family], row.port, transport, 9) == row.names
+
+
+REFUSED = [
+    Row("no endpoints", BY_SOCKET, known.EMPTY, 80, frozenset()),
+    Row("unused port of a cluster IP", BY_SOCKET, known.WEB, 9999, frozenset()),
+    Row("unused port of a load balancer", BY_SOCKET, known.BALANCED, 9999, frozenset()),
+    Row("UDP on a TCP port", BY_SOCKET, known.WEB, 81, frozenset(), ("udp", "udp-connected")),
+    Row("a NodePort that no Service has", EVERYWHERE, NODE_IPS, 30999, frozenset(), ("tcp", "udp-connected")),
+    Row("loopback in a pod", ("pod-in-cgroup",), LOOPBACK, 30080, frozenset(), ("tcp", "udp-connected")),
+    Row("cluster IP's port on the node", EVERYWHERE, NODE_IPS, 80, frozenset(), ("tcp", "udp-connected")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "origin", "family", "transport"), cases(REFUSED))
+def test_refused_at_once(world: World, row: Row, origin: str, family: int, transport: str) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        ask(world, origin, row.vips[family], row.port, transport)
+
+
+LOST = [
+    Row("no endpoints", BY_PACKET, known.EMPTY, 80, frozenset(), ("tcp", "udp")),
+    Row("unused port of a cluster IP", BY_PACKET, known.WEB, 9999, frozenset(), ("tcp", "udp")),
+    Row("external policy Local, none local", ("outside",), NODE_IPS, 30019, frozenset(), ("tcp", "udp")),
+    Row("internal policy Local, none local", ("pod",), known.REMOTE_ONLY, 80, frozenset(), ("tcp", "udp")),
+    Row("outside the source ranges", ("outside",), known.GUARDED, 80, frozenset(), ("tcp", "udp")),
+    Row("outside the source ranges, a pod", ("pod",), known.GUARDED, 80, frozenset(), ("tcp", "udp")),
+]
+
+
+@pytest.mark.parametrize(("row", "origin", "family", "transport"), cases(LOST))
+def test_dropped(world: World, row: Row, origin: str, family: int, transport: str) -> None:
+    with world.probes[origin].impatient(), pytest.raises(TimeoutError):
+        ask(world, origin, row.vips[family], row.port, transport)
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_source_ranges_let_their_sources_in(world: World, family: int) -> None:
+    allowed = ("192.0.2.101", "2001:db8::101")[family]
+    vip = known.GUARDED[family]
+    assert set(world.probes["outside"].tcp(vip, 80, 6, bind=(allowed, 0))) == ALL
+    assert set(world.probes["outside"].udp(vip, 80, 6, bind=(allowed, 0))) == ALL
+    assert set(world.probes["outside"].tcp(("10.96.0.16", "fd00:96::10")[family], 80, 6)) == ALL, "cluster IP"
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+@pytest.mark.parametrize("target", ["NodePort", "external IP", "load balancer", "external policy Local"])
+def test_client_address_reaches_the_backend(world: World, target: str, family: int) -> None:
+    vips, port = {
+        "NodePort": (NODE_IPS, 30080),
+        "external IP": (known.EXTERNAL, 80),
+        "load balancer": (known.BALANCED, 80),
+        "external policy Local": (NODE_IPS, 30017),
+    }[target]
+    answers = world.probes["outside"].answers(vips[family], port, 3)
+    assert {answer.split(" ")[1] for answer in answers} == {OUTSIDE_IPS[family]}
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_pod_reaches_itself_through_its_service(world: World, family: int) -> None:
+    from rig.probe import Probe
+
+    own = world.backends[0]
+    with Probe(world.net.in_cgroup(own)) as probe:
+        answers = probe.answers(known.WEB[family], 80, 6)
+    assert f"{own.name} {own.ips[family]}" in answers
+
+
+# --- what the client sees
+
+
+@pytest.mark.parametrize("origin", BY_SOCKET)
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_peer_is_the_vip(world: World, origin: str, kind: socket.SocketKind, family: int) -> None:
+    with world.probes[origin].socket(kind, FAMILIES[family]) as client:
+        client.connect(known.WEB[family], 80)
+        assert client.getpeername() == (known.WEB[family], 80)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_peer_of_a_mapped_socket_is_the_vip(world: World, kind: socket.SocketKind) -> None:
+    """An IPv6 socket that talks IPv4, as Java and Go open them (RFC 4291 2.5.5.2)."""
+    with world.probes["node"].socket(kind, socket.AF_INET6) as client:
+        client.connect(f"::ffff:{known.WEB[0]}", 80)
+        assert client.getpeername() == (f"::ffff:{known.WEB[0]}", 80)
+        if kind is socket.SOCK_STREAM:
+            assert client.ask() in ALL
+
+
+def test_unconnected_mapped_socket_sees_the_vip(world: World) -> None:
+    with world.probes["node"].socket(socket.SOCK_DGRAM, socket.AF_INET6) as client:
+        client.sendto(b"?", f"::ffff:{known.WEB[0]}", 80)
+        data, sender = client.recvfrom()
+        assert data.split(b" ")[0].decode() in ALL
+        assert sender == (f"::ffff:{known.WEB[0]}", 80)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_peer_of_a_direct_connection_is_left_alone(world: World, kind: socket.SocketKind) -> None:
+    pod = world.backends[0]
+    with world.probes["node"].socket(kind) as client:
+        client.connect(pod.v4, 8080)
+        assert client.getpeername() == (pod.v4, 8080)
+
+
+def test_udp_socket_that_connects_again_sees_the_new_peer(world: World) -> None:
+    pod = world.backends[0]
+    with world.probes["node"].socket(socket.SOCK_DGRAM) as client:
+        client.connect(known.WEB[0], 80)
+        client.connect(pod.v4, 8080)
+        assert client.getpeername() == (pod.v4, 8080)
+        client.connect(known.NODE_PORT[0], 80)
+        assert client.getpeername() == (known.NODE_PORT[0], 80)
+
+
+def test_one_socket_talks_to_vips_and_others_at_once(world: World) -> None:
+    pod = world.backends[0]
+    with world.probes["node"].socket(socket.SOCK_DGRAM) as client:
+        for address, port in [
+            (known.WEB[0], 80),
+            (pod.v4, 8080),
+            (known.NODE_PORT[0], 80),
+            (known.WEB[0], 80),
+        ]:
+            client.sendto(b"?", address, port)
+            assert client.recvfrom()[1] == (address, port)
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_connection_stays_with_its_backend(world: World, family: int) -> None:
+    for origin in EVERYWHERE:
+        with world.probes[origin].socket(socket.SOCK_STREAM, FAMILIES[family]) as client:
+            client.connect(known.WEB[family], 80)
+            assert len({client.ask() for _ in range(10)}) == 1
+
+
+# --- NodePorts can't be stolen
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", *NODE_IPS, *LOOPBACK])
+def test_bind_to_a_node_port_is_refused_on_the_node(
+    world: World, kind: socket.SocketKind, address: str
+) -> None:
+    family = FAMILIES[":" in address]
+    with world.probes["node"].socket(kind, family) as thief:
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - which one depends on the kernel
+            thief.bind(address, 30080)
+        assert not isinstance(caught.value, TimeoutError)
+    with world.probes["node"].socket(kind, family) as innocent:
+        innocent.bind(address, 30999)
+    with world.probes["pod-in-cgroup"].socket(kind, family) as elsewhere:
+        elsewhere.bind("::" if ":" in address else "0.0.0.0", 30080)
+
+
+# --- tools
+
+
+@pytest.mark.parametrize("origin", EVERYWHERE)
+def test_curl(world: World, origin: str) -> None:
+    place = world.probes[origin].place
+    for vip in (known.WEB[0], f"[{known.WEB[1]}]"):
+        answer = place.run("curl", "-sS", "--max-time", "5", f"http://{vip}/", f"http://{vip}:81/").stdout
+        assert len(answer.splitlines()) == 2
+        assert {line.split(" ")[0] for line in answer.splitlines()} <= ALL
+
+
+def test_headless_and_external_name_services_are_untouched(world: World) -> None:
+    assert "headless" not in str(world.agent.rows("services"))
