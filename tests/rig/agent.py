@@ -174,3 +174,22 @@ class Agent:
     def rows(self, noun: str, *arguments: str) -> Any:
         """Return what a reading command says with ``-o json``."""
         return json.loads(self.cli(noun, *arguments, "--bpffs", self.net.bpffs, "-o", "json").stdout)
+
+    def wait_backends(self, service: str, addresses: set[str]) -> None:
+        """Wait until the kernel's maps give a Service exactly these backends for new connections.
+
+        Args:
+            service: as the command line names it, ``namespace/name:port``.
+            addresses: of one family; backends of the other are not looked at.
+        """
+        is_v6 = {":" in address for address in addresses} == {True}
+
+        def match() -> bool:
+            usable = {
+                row["address"]
+                for row in self.rows("backends")
+                if row["service"] == service and (":" in row["address"]) == is_v6 and row["state"] == "ready"
+            }
+            return usable == addresses
+
+        eventually(match, f"{service} to have {addresses}", every_s=0.05)

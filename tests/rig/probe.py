@@ -150,7 +150,7 @@ class Probe:
         family: socket.AddressFamily = socket.AF_INET,
         *,
         bind: tuple[str, int] | None = None,
-        options: Sequence[tuple[int, int, int]] = (),
+        options: Sequence[tuple[int, int, int | bytes]] = (),
     ) -> RemoteSocket:
         """Open a socket; close it with ``with``."""
         return RemoteSocket(self, self.call("open", int(family), int(kind), bind, list(options)))

@@ -23,7 +23,7 @@ def family_of(address: str) -> socket.AddressFamily:
 
 
 def new_socket(
-    family: int, kind: int, bind: tuple[str, int] | None, options: list[tuple[int, int, int]]
+    family: int, kind: int, bind: tuple[str, int] | None, options: list[tuple[int, int, Any]]
 ) -> socket.socket:
     made = socket.socket(family, kind)
     made.settimeout(TIMEOUT_S)
