@@ -5,11 +5,11 @@ pyroute2 is imported where it is used: that takes 0.15 s, which commands that on
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import ipaddress
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ from ebpfproxy.errors import KernelError
 from ebpfproxy.model.services import NodePortAddresses
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from pyroute2.iproute.linux import IPRoute
 
 PRIMARY = "primary"  # the special value of nodePortAddresses
@@ -37,7 +39,7 @@ _FILTER_PRIO, _FILTER_HANDLE = 47100, 1
 class Device(NamedTuple):
     """A network device."""
 
-    index: int
+    number: int
     name: str
     kind: str  # "veth", "bridge", "vlan", ...; "" for hardware
     port_of: str  # kind of the device that it is a port of: "bridge", "bond", "vrf", ...; "" = none
@@ -61,16 +63,14 @@ class Filter(NamedTuple):
     device: int  # index
     parent: int  # INGRESS | EGRESS
     name: str
-    program_id: int
 
 
 class Watch:
     """Tells that a device or an address changed; what changed has to be read anew."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-        )
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
         self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
 
     def fileno(self) -> int:
@@ -118,7 +118,7 @@ def devices() -> list[Device]:
 def _device(link: Any) -> Device:
     info = link.get("linkinfo") or {}
     return Device(
-        index=link["index"],
+        number=link["index"],
         name=link.get("ifname"),
         kind=info.get("kind") or "",
         port_of=info.get("slave_kind") or "",
@@ -210,8 +210,6 @@ def set_filter(device: int, parent: int, program_fd: int, name: str) -> bool:
     Returns:
         Whether the clsact qdisc had to be added.
     """
-    import errno
-
     with _iproute(f"attach a filter to device {device}") as route:
         from pyroute2.netlink.exceptions import NetlinkError
 
@@ -246,7 +244,7 @@ def list_filters(prefix: str) -> list[Filter]:
                     options = entry.get("options")
                     name = options.get("name") if options is not None and entry.get("kind") == "bpf" else None
                     if name and name.startswith(prefix) and entry["info"] >> 16 == _FILTER_PRIO:
-                        found.append(Filter(link["index"], parent, name, options.get("id") or 0))
+                        found.append(Filter(link["index"], parent, name))
     return found
 
 
@@ -256,21 +254,3 @@ def remove_filter(filter_: Filter) -> None:
         route.tc("del-filter", "bpf", filter_.device, 0, parent=filter_.parent, prio=_FILTER_PRIO)
         if not any(list(route.get_filters(index=filter_.device, parent=p)) for p in (INGRESS, EGRESS)):
             route.tc("del", "clsact", filter_.device)
-
-
-__all__ = [
-    "EGRESS",
-    "INGRESS",
-    "PRIMARY",
-    "Address",
-    "Device",
-    "Filter",
-    "Watch",
-    "addresses",
-    "devices",
-    "list_filters",
-    "node_port_addresses",
-    "remove_filter",
-    "select_devices",
-    "set_filter",
-]

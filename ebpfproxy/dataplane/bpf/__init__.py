@@ -1,1 +1,1 @@
-
+"""The BPF dataplane: ``dataplane.BpfDataplane`` writes, ``view`` reads, ``cleanup`` removes."""

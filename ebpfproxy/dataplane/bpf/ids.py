@@ -1,4 +1,4 @@
-"""Allocation of what lives in arrays: ids one by one, slots as contiguous ranges. Pure: no kernel, no clock."""
+"""Allocation in arrays: ids one by one, slots as contiguous ranges. Pure: no kernel, no clock."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections import deque
 from ebpfproxy.errors import MapFullError
 
 
+def _setting(map_name: str) -> str:
+    return f"mapSizes.{map_name} in the configuration or start with --map-size {map_name}=N"
+
+
 def full(map_name: str, limit: int) -> MapFullError:
     """Return the error for a map, or the id range that mirrors it, with no room left."""
     return MapFullError(
-        f"map {map_name} is full: all {limit} entries are in use; "
-        f"raise mapSizes.{map_name} in the configuration or start with --map-size {map_name}=N"
+        f"map {map_name} is full: all {limit} entries are in use; raise {_setting(map_name)}"
     )
 
 
@@ -46,7 +49,8 @@ class IdAllocator:
         """
         if len(self._used) + count > self.limit - 1:
             raise full(self._map_name, self.limit)
-        used, number, ids = self._used, self._next, []
+        used, number = self._used, self._next
+        ids: list[int] = []
         while len(ids) < count:
             if number >= self.limit:
                 number = 1
@@ -110,8 +114,8 @@ class SlotAllocator:
                 self._carve(at, base, size)
                 return base
         raise MapFullError(
-            f"map {self._map_name} is full: no {size} slots in a row are free, the limit is {self._limit} in all; "
-            f"raise mapSizes.{self._map_name} in the configuration or start with --map-size {self._map_name}=N"
+            f"map {self._map_name} is full: no {size} entries in a row are free of {self._limit} in all; "
+            f"raise {_setting(self._map_name)}"
         )
 
     def release(self, base: int, now_s: float) -> None:

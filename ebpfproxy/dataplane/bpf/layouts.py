@@ -10,11 +10,13 @@ import functools
 import socket
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ebpfproxy.libbpf import ffi
 from ebpfproxy.model.services import Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 #: The fields that ``abi.h`` declares ``__be16``; cffi resolves the typedef, so it can't say.
 BIG_ENDIAN = frozenset({"port", "sport", "dport", "vip_port", "backend_port"})

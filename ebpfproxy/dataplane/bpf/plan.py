@@ -7,13 +7,16 @@ from them. A plan is a list of steps; ``apply`` runs it on maps, the kernel's or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ebpfproxy.dataplane.bpf.layouts import BACKEND, BACKEND_STATS, SERVICE_STATS, SLOT_SIZE, U32
-from ebpfproxy.diff import Delta
 from ebpfproxy.libbpf import lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ebpfproxy.diff import Delta
 
 _USABLE = frozenset({lib.BACKEND_READY, lib.BACKEND_TERMINATING})
 _FREE = bytes(BACKEND.size)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ebpfproxy.libbpf import ffi, lib
 from ebpfproxy.model.services import Backend, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Slots of a weighted table (random, wrr) at most. Larger weights are scaled down, each backend keeps one
 #: slot at least: a share is then wrong by less than one slot.

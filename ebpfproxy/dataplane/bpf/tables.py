@@ -7,8 +7,8 @@ looks only at Services that are not the very objects it saw before, so its cost 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from socket import IPPROTO_UDP
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpfproxy.dataplane.bpf import schedulers
 from ebpfproxy.dataplane.bpf.ids import IdAllocator, SlotAllocator, full
@@ -42,10 +42,13 @@ from ebpfproxy.model.services import (
     Service,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
 #: The maps that the control plane fills. ``backends`` is keyed by id, ``slots`` by the base of a range.
 NAMES = ("service_names", "backends", "slots", "source_ranges", "local_sources", "services", "vips")
 
-#: Seconds until a slot range that is no longer used is handed out again; a program holds one for microseconds.
+#: Seconds until an unused slot range is handed out again; a program holds one for microseconds.
 SLOT_GRACE_S = 1.0
 
 Table = dict[Any, bytes]
@@ -66,6 +69,7 @@ _FLAGS = {
     for is_local in (False, True)
     for is_hinted in (False, True)
 }
+_PROTO = SERVICE_NAME.offsets["proto"]
 _SCOPES = ((lib.SCOPE_INTERNAL, False), (lib.SCOPE_EXTERNAL, True))
 _RETIRED_VIP = VIP.pack(0)
 _USED = U32.pack(1)  # the value of both LPM tries
@@ -245,7 +249,9 @@ class Tables:
         self._touched: dict[str, set[Any]] = {name: set() for name in NAMES}
         self._new: dict[str, set[Any]] = {name: set() for name in NAMES}  # wanted, not in ``have``
         self._limits = limits
-        self._service_ids = IdAllocator("service_names", min(limits["service_names"], limits["service_stats"]))
+        self._service_ids = IdAllocator(
+            "service_names", min(limits["service_names"], limits["service_stats"])
+        )
         self._backend_ids = IdAllocator("backends", min(limits["backends"], limits["backend_stats"]))
         self._slots = SlotAllocator(limits["slots"], SLOT_GRACE_S)
         self._entries: dict[bytes, _Entry] = {}
@@ -340,9 +346,21 @@ class Tables:
         """Addresses (16 bytes) that serve no more but may still have established flows."""
         return set(self._retired_vips)
 
-    def is_active(self, backend: int) -> bool:
-        """Return whether a backend id belongs to a backend that still exists."""
-        return backend in self.wanted["backends"] and backend not in self._gone
+    def affinity_s(self) -> dict[int, int]:
+        """Return the affinity timeout of each service id that has one."""
+        return {
+            entry.id: entry.service.affinity_s
+            for entry in self._entries.values()
+            if entry.service is not None and entry.service.affinity_s
+        }
+
+    def has_lost_udp(self) -> bool:
+        """Return whether a UDP backend went since the last commit."""
+        return any(
+            self._gone[number][0].name[_PROTO] == IPPROTO_UDP
+            for number in self._touched["backends"]
+            if number in self._gone
+        )
 
     # -- changes ---------------------------------------------------------------------------------
 
@@ -575,13 +593,13 @@ class Tables:
         """Take ids, slot ranges and claims over from ``have``; what nobody owns will be removed."""
         for name in NAMES:
             self._touched[name].update(self.have[name])
-        for number, name in self.have["service_names"].items():
-            if name in self._entries or not 0 < number < self._service_ids.limit:
+        for number, text in self.have["service_names"].items():
+            if text in self._entries or not 0 < number < self._service_ids.limit:
                 continue
             self._service_ids.take(number)
-            self._entries[name] = self._by_id[number] = _Entry(name, number)
-            self._adopted.add(name)
-            self.want("service_names", number, name)
+            self._entries[text] = self._by_id[number] = _Entry(text, number)
+            self._adopted.add(text)
+            self.want("service_names", number, text)
         for number, value in self.have["backends"].items():
             record = BACKEND.read(value)
             entry = self._by_id.get(record.service)

@@ -1,0 +1,208 @@
+"""Attaches the programs: links to a cgroup, links or filters to devices, all kept by pins across restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from ebpfproxy import netlink
+from ebpfproxy.errors import DataplaneError, KernelError, UnsupportedError
+from ebpfproxy.libbpf import TCX_EGRESS, TCX_INGRESS, Link, Program
+from ebpfproxy.libbpf.probes import has_tcx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+#: Programs of the cgroup, with the kernel that has their hook and what is lost without it.
+CGROUP_PROGRAMS = {
+    "sock_connect4": "connect() to IPv4 VIPs (Linux 4.17)",
+    "sock_connect6": "connect() to IPv6 VIPs (Linux 4.17)",
+    "sock_sendmsg4": "unconnected UDP to IPv4 VIPs (Linux 4.18)",
+    "sock_sendmsg6": "unconnected UDP to IPv6 VIPs (Linux 4.18)",
+    "sock_recvmsg4": "the VIP as source of unconnected UDP replies, IPv4 (Linux 5.2)",
+    "sock_recvmsg6": "the VIP as source of unconnected UDP replies, IPv6 (Linux 5.2)",
+    "sock_peername4": "the VIP in getpeername(), IPv4 (Linux 5.8)",
+    "sock_peername6": "the VIP in getpeername(), IPv6 (Linux 5.8)",
+    "sock_postbind4": "keeping IPv4 NodePorts from being bound (Linux 4.17)",
+    "sock_postbind6": "keeping IPv6 NodePorts from being bound (Linux 4.17)",
+    "sock_release": "immediate clean-up after closed sockets (Linux 5.9)",
+}
+#: Without these there is no load balancing for local sockets at all.
+REQUIRED = ("sock_connect4", "sock_connect6")
+#: Programs of a device: tcx attach type, clsact parent.
+DEVICE_PROGRAMS = {
+    "tc_ingress": (TCX_INGRESS, netlink.INGRESS),
+    "tc_egress": (TCX_EGRESS, netlink.EGRESS),
+}
+#: Our filters' names start so: cleanup knows them by it.
+FILTER_PREFIX = "ebpfproxy_"
+
+
+def pin_name(program: str, device: str) -> str:
+    """Return the file name of a device link's pin; a bpffs refuses dots, which VLAN devices have."""
+    return f"{program}@{device.replace('%', '%25').replace('.', '%2E')}"
+
+
+class Attachments:
+    """Keeps the programs attached where they belong.
+
+    Args:
+        links: directory on the bpffs for the pins of links.
+        programs: by name.
+        cgroup: cgroup2 directory whose processes are served.
+        patterns: device names or shell globs; none = ``netlink.select_devices``'s default.
+        use_tcx: attach to devices by links; False: by clsact filters; None: links where the kernel has them.
+    """
+
+    def __init__(
+        self,
+        links: Path,
+        programs: Mapping[str, Program],
+        cgroup: Path,
+        patterns: Sequence[str] = (),
+        use_tcx: bool | None = None,
+    ) -> None:
+        self._links = links
+        self._programs = programs
+        self._cgroup = cgroup
+        self._patterns = patterns
+        self._use_tcx = has_tcx() if use_tcx is None else use_tcx
+        self._attached: dict[str, int] = {}  # device name -> index
+        self._reported: set[str] = set()
+
+    @property
+    def devices(self) -> list[str]:
+        """The names of the devices that are attached to."""
+        return sorted(self._attached)
+
+    @property
+    def how(self) -> str:
+        """How devices are attached to: "tcx" or "clsact"."""
+        return "tcx" if self._use_tcx else "clsact"
+
+    def attach_cgroup(self) -> list[str]:
+        """Attach the socket programs.
+
+        Returns:
+            One sentence for each hook that this kernel lacks.
+
+        Raises:
+            UnsupportedError: a hook is missing without which nothing works.
+        """
+        self._links.mkdir(parents=True, exist_ok=True)
+        missing = []
+        for name, purpose in CGROUP_PROGRAMS.items():
+            program = self._programs.get(name)
+            try:
+                if program is None:
+                    raise UnsupportedError(f"program {name} could not be loaded")
+                self._attach_cgroup_program(program)
+            except (KernelError, UnsupportedError) as error:
+                if name in REQUIRED:
+                    raise
+                missing.append(f"not available here: {purpose}: {error}")
+        return missing
+
+    def attach_devices(self) -> list[str]:
+        """Attach to every device that is wanted and is not attached yet; forget those that are gone.
+
+        Returns:
+            One sentence for each device that failed, and only once for each.
+        """
+        found = netlink.select_devices(netlink.devices(), self._patterns)
+        wanted = {device.name: device.number for device in found}
+        self._detach_others(wanted)
+        problems = []
+        for name, index in wanted.items():
+            if self._attached.get(name) == index:
+                continue
+            try:
+                for program_name, (attach_type, parent) in DEVICE_PROGRAMS.items():
+                    self._attach_device_program(program_name, name, index, attach_type, parent)
+            except DataplaneError as error:
+                if name not in self._reported:
+                    problems.append(f"device {name} is not served: {error}")
+                    self._reported.add(name)
+                continue
+            self._reported.discard(name)
+            self._attached[name] = index
+            log.info("attached to device", extra={"device": name, "how": self.how})
+        return problems
+
+    def forget(self) -> None:
+        """Check every device anew at the next ``attach_devices``."""
+        self._attached.clear()
+
+    def _attach_cgroup_program(self, program: Program) -> None:
+        path = self._links / program.name
+        cgroup_id = self._cgroup.stat().st_ino  # a cgroup's id is its inode number (kernfs, 64 bit)
+
+        def is_ours(link: Link) -> bool:
+            info = link.info()
+            return info.cgroup_id == cgroup_id and info.attach_type == program.attach_type
+
+        if not _swap(path, program, is_ours):
+            _pin(Link.attach_cgroup(program, self._cgroup), path)
+
+    def _attach_device_program(
+        self, program_name: str, device: str, index: int, attach_type: int, parent: int
+    ) -> None:
+        program = self._programs[program_name]
+        path = self._links / pin_name(program_name, device)
+        if not self._use_tcx:
+            netlink.set_filter(index, parent, program.fd, f"{FILTER_PREFIX}{program_name}")
+            path.unlink(missing_ok=True)  # of a run that used links
+            return
+
+        def is_ours(link: Link) -> bool:
+            info = link.info()
+            return info.ifindex == index and info.attach_type == attach_type
+
+        if not _swap(path, program, is_ours):
+            _pin(Link.attach_tcx(program, index, attach_type), path)
+
+    def _detach_others(self, wanted: Mapping[str, int]) -> None:
+        """Drop the pins of devices that are gone or no longer wanted; a link dies with its last pin."""
+        for name in list(self._attached):
+            if name not in wanted:
+                del self._attached[name]
+        keep = {pin_name(program, device) for program in DEVICE_PROGRAMS for device in wanted}
+        for path in _device_pins(self._links):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+                log.info("detached from device", extra={"pin": path.name})
+        if not self._use_tcx and not self._attached:
+            indexes = set(wanted.values())
+            for found in netlink.list_filters(FILTER_PREFIX):
+                if found.device not in indexes:
+                    netlink.remove_filter(found)
+
+
+def _device_pins(links: Path) -> Iterable[Path]:
+    return [path for path in links.iterdir() if "@" in path.name]
+
+
+def _swap(path: Path, program: Program, is_ours: Callable[[Link], bool]) -> bool:
+    """Put ``program`` into the link pinned at ``path``; return False if there is none that fits."""
+    try:
+        link = Link.open(path)
+    except KernelError:
+        return False
+    with link, contextlib.suppress(KernelError):
+        if is_ours(link):
+            link.update(program)
+            return True
+    return False
+
+
+def _pin(link: Link, path: Path) -> None:
+    """Pin a new link at ``path``; what was pinned there goes after it, so no packet passes without."""
+    with link:
+        fresh = path.with_name(f"{path.name}+new")
+        fresh.unlink(missing_ok=True)
+        link.pin(fresh)
+        fresh.replace(path)

@@ -1,0 +1,307 @@
+"""The BPF dataplane: render -> diff -> apply on the pinned maps, programs attached beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import socket
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ebpfproxy import netlink
+from ebpfproxy.dataplane.bpf import plan
+from ebpfproxy.dataplane.bpf.attach import Attachments
+from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
+from ebpfproxy.dataplane.bpf.layouts import BACKEND, SERVICE, SLOT_SIZE, U32
+from ebpfproxy.dataplane.bpf.tables import NAMES, Table, Tables
+from ebpfproxy.errors import DataplaneError, MapFullError
+from ebpfproxy.libbpf import Map, lib
+from ebpfproxy.libbpf.probes import has_helper
+from ebpfproxy.loader import Loaded, LoadOptions, choose
+from ebpfproxy.model.services import DesiredState, FrontendKind, Protocol, Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# asm-generic/socket.h; Python has no name for it. Linux 5.14.
+SO_NETNS_COOKIE = 71
+# enum bpf_func_id; Linux 5.18.
+BPF_FUNC_SET_RETVAL = 187
+#: All devices are checked so often even when no change was announced.
+RECHECK_S = 30.0
+
+
+@dataclass(frozen=True)
+class BpfOptions:
+    """How to run the BPF dataplane."""
+
+    bpffs: Path  # a bpffs mount or a directory in one; all pins are below its directory "ebpfproxy"
+    cgroup: Path  # a cgroup2 directory: its processes are served
+    devices: Sequence[
+        str
+    ] = ()  # names or shell globs; none = all but loopback and ports of bridges and bonds
+    loader: str = "auto"
+    sizes: Mapping[str, int] = field(default_factory=dict)  # map name -> max_entries
+    node_ports: tuple[int, int] = (30000, 32767)  # both inclusive
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    use_tcx: bool | None = None  # None: tcx links where the kernel has them, else clsact filters
+
+
+def netns_cookie() -> int:
+    """Return the kernel's number of this network namespace; 0 before Linux 5.14."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
+        except OSError:
+            return 0
+
+
+class BpfDataplane:
+    """Makes the kernel serve a desired state through BPF programs."""
+
+    def __init__(self, options: BpfOptions) -> None:
+        self.options = options
+        self.problems: list[str] = []  # what is missing on this machine, one sentence each
+        self._root = options.bpffs / "ebpfproxy"
+        self._loaded: Loaded | None = None
+        self._attachments: Attachments | None = None
+        self._collector: Collector | None = None
+        self._watch: netlink.Watch | None = None
+        self._tables: Tables | None = None  # None: what the kernel holds has to be read
+        self._rechecked_s = 0.0
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the programs, open or make the maps, and attach.
+
+        Raises:
+            DataplaneError: this machine can't run it; the message says why.
+        """
+        options = self.options
+        self._root.mkdir(parents=True, exist_ok=True)
+        features = 0
+        if has_helper(lib.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_FUNC_SET_RETVAL):
+            features |= lib.FEATURE_SET_RETVAL
+        else:
+            self.problems.append(
+                "connect() to a Service without backends fails with EPERM instead of ECONNREFUSED: "
+                "this kernel lacks bpf_set_retval (Linux 5.18)"
+            )
+        self._loaded = choose(options.loader).load(
+            LoadOptions(
+                maps_dir=self._root / "maps",
+                config={
+                    "node_port_min": options.node_ports[0],
+                    "node_port_max": options.node_ports[1],
+                    "host_netns": netns_cookie(),
+                    "udp_idle_ns": int(options.timeouts.udp_idle_s * 1e9),
+                    "features": features,
+                },
+                sizes=options.sizes,
+            )
+        )
+        self._collector = Collector(self._loaded.maps, options.timeouts)
+        self._watch = netlink.Watch()
+        self._attachments = Attachments(
+            self._root / "links", self._loaded.programs, options.cgroup, options.devices, options.use_tcx
+        )
+        self.problems += self._attachments.attach_cgroup()
+        self.problems += self._attachments.attach_devices()
+        self._loaded.finish()
+        self._rechecked_s = time.monotonic()
+
+    def close(self) -> None:
+        """Release handles. Programmed state stays in the kernel."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._loaded is not None:
+            self._loaded.close()
+        self._watch = self._loaded = self._collector = self._attachments = self._tables = None
+
+    @property
+    def loader(self) -> str:
+        """Which loader is in use."""
+        return self._running().loader
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that the programs are attached to."""
+        return self._attachments.devices if self._attachments else []
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def sync(self, state: DesiredState) -> None:
+        """Make exactly ``state`` work; idempotent, and the cost follows the change.
+
+        Raises:
+            MapFullError: some Services did not fit; all others are programmed.
+            DataplaneError: only a part was programmed; call again.
+        """
+        with _no_cycles(), self._forget_on_error():
+            tables = self._current_tables()
+            failures = tables.update(state)
+            self._apply(tables)
+            while failures:  # the deletes may have made room
+                before = len(failures)
+                failures = tables.update(state)
+                self._apply(tables)
+                if len(failures) >= before:
+                    break
+        if failures:
+            raise _full_error(failures)
+
+    def tick(self) -> None:
+        """Do periodic work: free slots and ids, expire entries, attach to new devices."""
+        now_s = time.monotonic()
+        if self._tables is not None and self._collector is not None:
+            with self._forget_on_error():
+                self._collect(self._tables, self._collector, now_s)
+        if self._attachments is not None and self._watch is not None:
+            is_recheck = now_s - self._rechecked_s >= RECHECK_S
+            if self._watch.changed() or is_recheck:
+                if is_recheck:
+                    self._attachments.forget()
+                    self._rechecked_s = now_s
+                for problem in self._attachments.attach_devices():
+                    log.warning(problem)
+
+    def unsupported(self, state: DesiredState) -> list[str]:
+        """Return one sentence for each thing in ``state`` that this dataplane does not do."""
+        return unsupported(state)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _running(self) -> Loaded:
+        if self._loaded is None:
+            raise DataplaneError("the BPF dataplane is not started")
+        return self._loaded
+
+    def _current_tables(self) -> Tables:
+        if self._tables is None:
+            maps = self._running().maps
+            self._tables = Tables(
+                read_tables(maps), {name: found.max_entries for name, found in maps.items()}
+            )
+        self._tables.collect(time.monotonic())
+        return self._tables
+
+    def _apply(self, tables: Tables) -> None:
+        if self._collector is not None and tables.has_lost_udp():
+            self._collector.hurry()
+        deltas = tables.delta()
+        plan.apply(plan.make_plan(deltas), self._running().maps)
+        tables.commit(deltas, time.monotonic())
+
+    def _collect(self, tables: Tables, collector: Collector, now_s: float) -> None:
+        tables.collect(now_s)
+        unused = collector.step(tables.gone, tables.retired_vips, tables.affinity_s, now_s)
+        if unused is not None and (unused.backends or unused.vips):
+            tables.release_backends(unused.backends)
+            tables.release_vips(unused.vips)
+            self._apply(tables)
+
+    @contextlib.contextmanager
+    def _forget_on_error(self) -> Iterator[None]:
+        """Read the kernel again at the next sync when anything goes wrong here."""
+        try:
+            yield
+        except BaseException:
+            self._tables = None
+            raise
+
+
+@contextlib.contextmanager
+def _no_cycles() -> Iterator[None]:
+    """Pause Python's cycle collector: it doubles the time of a large sync, which makes no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _full_error(failures: Sequence[tuple[Service | None, MapFullError]]) -> MapFullError:
+    """Return one error for all Services that did not fit."""
+    names = [str(service.name) if service else "the node's addresses" for service, _ in failures]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    reasons = "; ".join(sorted({str(error) for _, error in failures}))
+    return MapFullError(f"{reasons}. Not programmed: {shown}; everything else is")
+
+
+def read_tables(maps: Mapping[str, Map]) -> dict[str, Table]:
+    """Return what the maps hold, as ``Tables`` wants it."""
+    have: dict[str, Table] = {name: {} for name in NAMES}
+    for name in ("services", "vips", "source_ranges", "local_sources"):
+        have[name] = dict(maps[name].items())
+    for key, value in maps["service_names"].items():
+        have["service_names"][U32.unpack(key)[0]] = value
+    have["backends"] = dict(used_elements(maps["backends"].mmap(), BACKEND.size, BACKEND.offsets["state"]))
+    slots = maps["slots"].mmap()
+    for value in have["services"].values():
+        service = SERVICE.read(value)
+        if service.slot_count:
+            start = service.slot_base * SLOT_SIZE
+            have["slots"][service.slot_base] = bytes(slots[start : start + service.slot_count * SLOT_SIZE])
+    return have
+
+
+def used_elements(memory: memoryview, size: int, mark: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (index, content) of the elements of an array whose byte number ``mark`` is not zero."""
+    per_block = 128
+    empty = bytes(size * per_block)
+    for start in range(0, len(memory), len(empty)):
+        block = bytes(memory[start : start + len(empty)])
+        if block == empty[: len(block)]:
+            continue
+        first = start // size
+        for at in range(0, len(block), size):
+            if block[at + mark]:
+                yield first + at // size, block[at : at + size]
+
+
+def unsupported(state: DesiredState) -> list[str]:
+    """Return one sentence for each thing in ``state`` that the BPF dataplane does not do. Pure."""
+    sentences = []
+    outside = (FrontendKind.NODE_PORT, FrontendKind.LOAD_BALANCER, FrontendKind.EXTERNAL_IP)
+
+    def names(services: list[Service]) -> str:
+        shown = ", ".join(str(service.name) for service in services[:3])
+        return shown + (f" and {len(services) - 3} more" if len(services) > 3 else "")
+
+    sctp = [s for s in state.services if s.protocol is Protocol.SCTP]
+    if sctp:
+        sentences.append(
+            f"SCTP works for traffic that enters this node, not for sockets on it: {names(sctp)}"
+        )
+    health = [s for s in state.services if s.health_check_node_port]
+    if health:
+        sentences.append(f"healthCheckNodePort is not served yet: {names(health)}")
+    ranges = [s for s in state.services if s.has_source_ranges]
+    if ranges:
+        sentences.append(
+            "loadBalancerSourceRanges guard traffic that enters this node, not sockets on it: "
+            f"{names(ranges)}"
+        )
+    remote = [
+        s
+        for s in state.services
+        if any(
+            f.kind in outside and not all(b.is_local for b in s.pool(f.kind, is_external=True).backends)
+            for f in s.frontends
+        )
+    ]
+    if remote:
+        sentences.append(
+            "traffic from outside to a backend on another node keeps its source address, so the replies must "
+            f"come back through this node: {names(remote)}"
+        )
+    return sentences

@@ -1,0 +1,238 @@
+"""Clears what the programs leave behind: expired entries, references to gone backends, drifted counters.
+
+A pass reads conntrack, sockets and affinity once, a bounded time at each tick. What refers to a backend
+that is gone is known only at its end: then the ids that nothing refers to are free. Until then the id stays
+taken, and since ids are reused round robin, as late as possible, a stale entry never means another backend
+by accident (the programs compare address and port as well).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from socket import IPPROTO_SCTP, IPPROTO_UDP
+from typing import TYPE_CHECKING
+
+from ebpfproxy.dataplane.bpf.layouts import (
+    AFFINITY,
+    AFFINITY_KEY,
+    BACKEND_STATS,
+    FLOW,
+    FLOW_KEY,
+    SOCKET_FLOW,
+    SOCKET_KEY,
+    Flow,
+    FlowKey,
+)
+from ebpfproxy.libbpf import Map, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
+
+#: A pass starts so often,
+PASS_S = 30.0
+#: reads so many entries in one call,
+CHUNK = 4096
+#: and stops for this tick after so long.
+BUDGET_S = 0.02
+
+_NS = 1_000_000_000
+_FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds without a packet until an entry is removed.
+
+    Defaults are the kernel's own for connection tracking (nf_conntrack-sysctl.rst); a half-closed TCP
+    connection is kept as long as kube-proxy keeps it (``conntrack.tcpCloseWaitTimeout``).
+    """
+
+    tcp_established_s: float = 432000
+    tcp_close_wait_s: float = 3600
+    tcp_syn_s: float = 120
+    tcp_time_wait_s: float = 120
+    tcp_reset_s: float = 10
+    udp_s: float = 30
+    udp_stream_s: float = 120
+    udp_idle_s: float = 120  # an unconnected UDP socket keeps its backend so long; the programs know it too
+    sctp_established_s: float = 210
+    sctp_closed_s: float = 10
+
+    def of(self, proto: int, state: int) -> float:
+        """Return the timeout of a conntrack entry."""
+        is_closed = state & lib.FLOW_RESET or state & _FIN_BOTH == _FIN_BOTH
+        if proto == IPPROTO_UDP:
+            return self.udp_stream_s if state & lib.FLOW_REPLIED else self.udp_s
+        if proto == IPPROTO_SCTP:
+            return self.sctp_closed_s if is_closed else self.sctp_established_s
+        if state & lib.FLOW_RESET:
+            return self.tcp_reset_s
+        if is_closed:
+            return self.tcp_time_wait_s
+        if state & _FIN_BOTH:
+            return self.tcp_close_wait_s
+        return self.tcp_established_s if state & lib.FLOW_REPLIED else self.tcp_syn_s
+
+
+@dataclass(frozen=True)
+class Unused:
+    """What nothing refers to any more, after a whole pass."""
+
+    backends: set[int]
+    vips: set[bytes]
+
+
+@dataclass
+class _Pass:
+    """The knowledge of one pass."""
+
+    gone: set[int]
+    vips: set[bytes]
+    affinity_s: Mapping[int, int]
+    work: Iterator[None]
+    open: Counter[int] = field(default_factory=Counter)
+
+
+def is_closed(state: int) -> bool:
+    """Return whether a flow in this state counts no more as open."""
+    return bool(state & lib.FLOW_RESET) or state & _FIN_BOTH == _FIN_BOTH
+
+
+class Collector:
+    """Walks over the maps that the programs write.
+
+    Args:
+        maps: by name; conntrack, sockets, affinity and backend_stats are used.
+        timeouts: when entries expire.
+        clock_ns: the programs' clock (bpf_ktime_get_ns is CLOCK_MONOTONIC).
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, Map],
+        timeouts: Timeouts,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._maps = maps
+        self._timeouts = timeouts
+        self._clock_ns = clock_ns
+        self._due_s = 0.0
+        self._pass: _Pass | None = None
+        self._drift: dict[int, int] = {}  # backend id -> what the last pass found open beyond the counter
+
+    def hurry(self) -> None:
+        """Start a pass at the next step: a UDP backend is gone."""
+        self._due_s = 0.0
+
+    def step(
+        self,
+        gone: AbstractSet[int],
+        retired_vips: AbstractSet[bytes],
+        affinity_s: Callable[[], Mapping[int, int]],
+        now_s: float,
+    ) -> Unused | None:
+        """Work for a bounded time.
+
+        Args:
+            gone: ids of backends that are gone.
+            retired_vips: addresses that serve no more.
+            affinity_s: returns the affinity timeout by service id; called once a pass.
+            now_s: monotonic time.
+
+        Returns:
+            At the end of a pass, what nothing refers to.
+        """
+        if self._pass is None:
+            if now_s < self._due_s:
+                return None
+            self._due_s = now_s + PASS_S
+            self._pass = _Pass(set(gone), set(retired_vips), affinity_s(), iter(()))
+            self._pass.work = self._walk(self._pass)
+        current = self._pass
+        current.gone &= gone  # one that came back is not gone
+        current.vips &= retired_vips
+        end_s = time.monotonic() + BUDGET_S
+        for _ in current.work:
+            if time.monotonic() >= end_s:
+                return None
+        self._pass = None
+        self._recount(current.open)
+        return Unused(current.gone, current.vips)
+
+    def _walk(self, current: _Pass) -> Iterator[None]:
+        """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
+        # Entries to gone UDP backends are deleted, so they are no reason to keep the id.
+        gone = frozenset(current.gone)
+        for name, visit in (
+            ("conntrack", self._visit_flow),
+            ("sockets", self._visit_socket),
+            ("affinity", self._visit_affinity),
+        ):
+            for chunk in self._maps[name].chunks(CHUNK):
+                now_ns = self._clock_ns()
+                over = [key for key, value in chunk if visit(current, gone, key, value, now_ns)]
+                if over:
+                    self._maps[name].delete_batch(over)
+                yield
+
+    def _visit_flow(
+        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
+    ) -> bool:
+        """Return whether a conntrack entry is over."""
+        flow_key, flow = FlowKey(*FLOW_KEY.unpack(key)), Flow(*FLOW.unpack(value))
+        if flow_key.proto == IPPROTO_UDP and flow.backend in gone:
+            return True
+        if now_ns - flow.last_seen_ns > self._timeouts.of(flow_key.proto, flow.state) * _NS:
+            return True
+        current.gone.discard(flow.backend)
+        if flow_key.dir == lib.FLOW_FORWARD:
+            current.vips.discard(flow_key.dst)
+            if not is_closed(flow.state):
+                current.open[flow.backend] += 1
+        return False
+
+    def _visit_socket(
+        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
+    ) -> bool:
+        """Return whether a sockets entry is over; those of connected sockets end with their socket."""
+        socket_key, flow = SOCKET_KEY.read(key), SOCKET_FLOW.read(value)
+        if socket_key.kind != lib.SOCKET_CONNECTED:
+            is_idle = now_ns - flow.last_used_ns > self._timeouts.udp_idle_s * _NS
+            if is_idle or (socket_key.kind == lib.SOCKET_TO_VIP and flow.backend in gone):
+                return True
+        current.gone.discard(flow.backend)
+        if socket_key.kind != lib.SOCKET_FROM_BACKEND:
+            current.open[flow.backend] += 1
+        return False
+
+    def _visit_affinity(
+        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
+    ) -> bool:
+        """Return whether an affinity entry is over."""
+        entry = AFFINITY.read(value)
+        timeout_s = current.affinity_s.get(AFFINITY_KEY.read(key).service, 0)
+        return entry.backend in gone or now_ns - entry.last_used_ns > timeout_s * _NS
+
+    def _recount(self, found: Mapping[int, int]) -> None:
+        """Mend the counters of open connections.
+
+        Counters move while they are compared, so only what two passes in a row found wrong in the same
+        direction is mended, and only by the smaller of the two errors.
+        """
+        memory = self._maps["backend_stats"].mmap().cast("q")
+        stride, column = BACKEND_STATS.size // 8, BACKEND_STATS.offsets["open"] // 8
+        counters = memory[column::stride].tolist()
+        drift = {}
+        for number in {n for n, value in enumerate(counters) if value} | found.keys():
+            error = found.get(number, 0) - counters[number] if number < len(counters) else 0
+            if error:
+                drift[number] = error
+        for number, error in drift.items():
+            before = self._drift.get(number, 0)
+            if before * error > 0:
+                memory[number * stride + column] += min(before, error, key=abs)
+        self._drift = drift
+        memory.release()
