@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* verdict.h - counts why the dataplane did what it did. Every exit of a program passes count(). */
+#ifndef EBPFPROXY_VERDICT_H
+#define EBPFPROXY_VERDICT_H
+
+#include "maps.h"
+
+static __always_inline void count(enum verdict verdict)
+{
+	__u32 index = verdict;
+	__u64 *counter = map_lookup(verdicts, &index);
+
+	if (counter)
+		*counter += 1;
+}
+
+static __always_inline bool is_refusal(enum verdict verdict)
+{
+	switch (verdict) {
+	case VERDICT_REJECT_EMPTY:
+	case VERDICT_REJECT_UNUSED:
+	case VERDICT_DROP_EMPTY:
+	case VERDICT_DROP_SOURCE:
+	case VERDICT_MAP_FULL:
+	case VERDICT_REWRITE_FAILED:
+	case VERDICT_BIND_DENIED:
+		return true;
+	default:
+		return false;
+	}
+}
+
+#endif /* EBPFPROXY_VERDICT_H */
