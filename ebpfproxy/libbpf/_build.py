@@ -55,7 +55,6 @@ const char *libbpf_version_string(void);
 int libbpf_num_possible_cpus(void);
 int libbpf_probe_bpf_prog_type(enum bpf_prog_type prog_type, const void *opts);
 int libbpf_probe_bpf_map_type(enum bpf_map_type map_type, const void *opts);
-int libbpf_probe_bpf_helper(enum bpf_prog_type prog_type, enum bpf_func_id helper_id, const void *opts);
 
 struct bpf_object *bpf_object__open(const char *path);
 int bpf_object__load(struct bpf_object *obj);
@@ -119,6 +118,7 @@ int glue_link_create(int prog_fd, int target, __u32 attach_type);
 int glue_link_info(int fd, struct glue_link_info *info);
 int glue_run(int prog_fd, struct glue_run *run);
 int glue_load_trivial(__u32 type);
+int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper);
 void *glue_variable(struct bpf_object *object, const char *name, __u32 *size);
 int glue_struct_size(struct bpf_object *object, const char *name);
 int glue_struct_member(struct bpf_object *object, const char *name, int index, const char **member);

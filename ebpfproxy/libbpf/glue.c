@@ -184,6 +184,34 @@ static int glue_load_trivial(__u32 type)
 	return bpf_prog_load(type, "probe", "GPL", insns, 2, NULL);
 }
 
+/*
+ * Return 1 if programs of a type may call a helper, 0 if not, else a negative errno. Like
+ * libbpf_probe_bpf_helper, which before libbpf 1.6 takes the words of newer kernels ("program of this
+ * type cannot use helper") for a yes.
+ */
+static int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper)
+{
+	static const char *const refusals[] = { "invalid func ", "unknown func ", "cannot use helper " };
+	const struct bpf_insn insns[] = {
+		{ .code = BPF_JMP | BPF_CALL, .imm = helper },
+		{ .code = BPF_JMP | BPF_EXIT },
+	};
+	char log[4096] = "";
+	LIBBPF_OPTS(bpf_prog_load_opts, opts, .expected_attach_type = attach_type, .log_buf = log,
+		    .log_size = sizeof(log), .log_level = 1);
+	int fd = bpf_prog_load(type, "probe", "GPL", insns, 2, &opts);
+	size_t i;
+
+	if (fd >= 0) {
+		close(fd);
+		return 1;
+	}
+	for (i = 0; i < sizeof(refusals) / sizeof(refusals[0]); i++)
+		if (strstr(log, refusals[i]))
+			return 0;
+	return log[0] ? 1 : fd; /* refused for its arguments, which are none: the call itself was fine */
+}
+
 /* ---- BTF ---- */
 
 /* Return where the initial value of a global constant lies, before the object is loaded; NULL: none. */

@@ -10,6 +10,11 @@ from ebpfproxy.libbpf.programs import TCX_INGRESS
 
 # No device has this number: a kernel that knows tcx links answers ENODEV, others EINVAL.
 NO_DEVICE = 0x7FFFFFFF
+# Some programs can't be loaded, even to be asked, without saying where they will be attached.
+ATTACH_TYPES = {
+    lib.BPF_PROG_TYPE_CGROUP_SOCK_ADDR: lib.BPF_CGROUP_INET4_CONNECT,
+    lib.BPF_PROG_TYPE_CGROUP_SOCK: lib.BPF_CGROUP_INET_SOCK_RELEASE,
+}
 
 
 def libbpf_version() -> str:
@@ -28,13 +33,14 @@ def has_map_type(map_type: int) -> bool:
 
 
 def has_helper(program_type: int, helper: int) -> bool:
-    """Return whether programs of a type may call a helper.
+    """Return whether programs of a type may call a helper (False without privileges).
 
     Args:
         program_type: lib.BPF_PROG_TYPE_*.
         helper: its number in enum bpf_func_id (bpf_set_retval, for one, is 187).
     """
-    return bool(lib.libbpf_probe_bpf_helper(program_type, helper, ffi.NULL) == 1)
+    attach_type = ATTACH_TYPES.get(program_type, 0)
+    return bool(lib.glue_probe_helper(program_type, attach_type, helper) == 1)
 
 
 def has_tcx() -> bool:
