@@ -141,7 +141,7 @@ def test_topology_is_removed_when_its_making_fails(
         raise LookupError
 
     before = leaks.find()
-    monkeypatch.setattr(Topology, "_connect_outside", fail)
+    monkeypatch.setattr(Topology, "connect_outside", fail)
     with pytest.raises(LookupError), Topology():
         pass
     assert leaks.find() == before

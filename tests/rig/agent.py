@@ -33,6 +33,7 @@ class Agent:
         arguments: further flags.
         config: fields of the KubeProxyConfiguration file; none = no file.
         env: further environment.
+        attach: how to attach to devices: auto, tcx or clsact.
     """
 
     live: ClassVar[list[Agent]] = []
@@ -45,12 +46,16 @@ class Agent:
         arguments: Sequence[str] = (),
         config: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        attach: str = "auto",
     ) -> None:
         self.net, self.loader, self.arguments, self.env = net, loader, list(arguments), env or {}
         directory = net.directory / unique("agent")
         self.manifests, self.state_dir = directory / "manifests", directory / "state"
         self.manifests.mkdir(parents=True)
         self.config_file: Path | None = None
+        if attach != "auto":
+            config = dict(config or {})
+            config["ebpfproxy"] = {**config.get("ebpfproxy", {}), "deviceAttachment": attach}
         if config is not None:
             self.config_file = directory / "config.yaml"
             self.config_file.write_text(
@@ -174,6 +179,10 @@ class Agent:
     def rows(self, noun: str, *arguments: str) -> Any:
         """Return what a reading command says with ``-o json``."""
         return json.loads(self.cli(noun, *arguments, "--bpffs", self.net.bpffs, "-o", "json").stdout)
+
+    def status(self) -> Any:
+        """Return what ``ebpfproxy status`` says."""
+        return self.rows("status", "--state-dir", str(self.state_dir))
 
     def wait_backends(self, service: str, addresses: set[str]) -> None:
         """Wait until the kernel's maps give a Service exactly these backends for new connections.

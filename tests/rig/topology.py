@@ -76,7 +76,7 @@ class Topology:
             self.bpffs: Path = made.enter_context(new_bpffs())
             self.node: Netns = made.enter_context(new_netns("node"))
             self.outside: Netns = made.enter_context(new_netns("outside"))
-            self._connect_outside()
+            self.connect_outside()
             for _ in range(self.pod_count):
                 self.add_pod()
             self._made = made.pop_all()
@@ -130,7 +130,7 @@ class Topology:
         self.pods.append(pod)
         return pod
 
-    def _connect_outside(self) -> None:
+    def connect_outside(self) -> None:
         self._link(self.node, "eth0", self.outside, "eth0")
         self.node.shell(
             f"""
