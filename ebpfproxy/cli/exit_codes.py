@@ -1,0 +1,15 @@
+"""What the exit status says; ``ebpfproxy --help`` and docs/cli.md document it."""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended."""
+
+    OK = 0
+    FAILED = 1  # the operation failed, or a check found something wrong
+    USAGE = 2  # argparse's own
+    NOTHING = 3  # nothing is programmed, no agent runs, or nothing matches
+    INTERRUPTED = 130  # 128 + SIGINT, as shells count

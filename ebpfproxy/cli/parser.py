@@ -1,0 +1,335 @@
+"""The grammar of the command line; nothing is imported here that a reading command does not need."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import ebpfproxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from ebpfproxy.cli.exit_codes import ExitCode
+
+    Command: TypeAlias = Callable[[argparse.Namespace], ExitCode]
+
+# What shtab calls FILE and DIRECTORY: functions of the shells that complete paths.
+_FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+_DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}
+
+STATE_DIR = Path("/var/lib/ebpfproxy")
+
+_EPILOG = """\
+Commands that are nouns read, verbs change. Reading works from the pinned maps: no agent need run.
+
+exit status:
+  0    done; what was asked for is there
+  1    the operation failed, or the check or validation found something wrong
+  2    wrong usage
+  3    nothing there: nothing is programmed, no agent runs, or nothing matches what was named
+  130  interrupted (Ctrl-C)
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the name of a command and its help on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns, 110) - 2)
+        self._action_max_length = 17  # argparse forgets the indent of commands
+
+
+class VipPort(NamedTuple):
+    """What ``explain`` explains."""
+
+    vip: str
+    port: int
+    protocol: str
+
+
+def vip_port(text: str) -> VipPort:
+    """Parse ``VIP:PORT[/PROTO]``; an IPv6 VIP stands in brackets.
+
+    Raises:
+        ArgumentTypeError: it is no such text; the message says what is wrong.
+    """
+    endpoint, _, protocol = text.partition("/")
+    host, colon, port = endpoint.rpartition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected VIP:PORT[/PROTO], as 10.96.0.10:80/tcp")
+    if host.startswith("[") != (":" in host) or host.startswith("[") != host.endswith("]"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write an IPv6 VIP in brackets, as [fd00::10]:80")
+    protocol = (protocol or "tcp").upper()
+    if protocol not in ("TCP", "UDP", "SCTP"):
+        raise argparse.ArgumentTypeError(f"{text!r}: protocol {protocol} is none of tcp, udp, sctp")
+    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r}: port {port!r} is none of 1 to 65535")
+    return VipPort(ip_address(host.strip("[]")), int(port), protocol)
+
+
+def ip_address(text: str) -> str:
+    """Return an IP address in canonical form.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+
+
+def map_size(text: str) -> tuple[str, int]:
+    """Parse ``NAME=N``.
+
+    Raises:
+        ArgumentTypeError: it is no such text.
+    """
+    name, equals, number = text.partition("=")
+    if not (name and equals and number.isascii() and number.isdecimal() and 0 < int(number) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=ENTRIES, as conntrack=1000000")
+    return name, int(number)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse ``a,b``.
+
+    Raises:
+        ArgumentTypeError: one is empty.
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names with commas in between, as eth0,eth1")
+    return parts
+
+
+def _path(
+    parser: argparse.ArgumentParser, *flags: str, kind: dict[str, str], **options: object
+) -> None:
+    """Add an argument that is a path; shells complete it."""
+    action = parser.add_argument(*flags, type=Path, **options)  # type: ignore[arg-type]
+    action.complete = kind  # type: ignore[attr-defined]  # read by shtab
+
+
+def _lazily(module: str) -> Command:
+    """Return a command that imports its module when it runs."""
+
+    def run(arguments: argparse.Namespace) -> ExitCode:
+        from importlib import import_module
+
+        result: ExitCode = import_module(f"ebpfproxy.cli.{module}").run(arguments)
+        return result
+
+    return run
+
+
+class _Commands:
+    """Adds commands that share their looks."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._commands = parser.add_subparsers(
+            title="commands", metavar="COMMAND", dest="command", required=True
+        )
+
+    def add(self, name: str, module: str, help_text: str, description: str = "") -> argparse.ArgumentParser:
+        command = self._commands.add_parser(
+            name,
+            help=help_text,
+            description=description or help_text[0].upper() + help_text[1:] + ".",
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=_lazily(module))
+        return command
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        *("-o", "--output"),
+        choices=("table", "wide", "json", "yaml"),
+        default="table",
+        help="format of the answer (default: table)",
+    )
+
+
+def _bpffs(parser: argparse.ArgumentParser) -> None:
+    _path(
+        parser,
+        "--bpffs",
+        kind=_DIRECTORY,
+        metavar="DIR",
+        help="BPF file system, or a directory in one, that holds the pins (default: where one is mounted)",
+    )
+
+
+def _state_dir(parser: argparse.ArgumentParser) -> None:
+    _path(
+        parser,
+        "--state-dir",
+        kind=_DIRECTORY,
+        metavar="DIR",
+        default=STATE_DIR,
+        help=f"directory of the agent's own state (default: {STATE_DIR})",
+    )
+
+
+def _filters(parser: argparse.ArgumentParser, *, protocol: bool = True) -> None:
+    parser.add_argument("service", nargs="?", metavar="SERVICE", help="only this Service: NAME, or NAMESPACE/NAME")
+    parser.add_argument("-n", "--namespace", metavar="NAMESPACE", help="only Services of this namespace")
+    if protocol:
+        parser.add_argument(
+            "--protocol", type=str.upper, choices=("TCP", "UDP", "SCTP"), help="only this protocol"
+        )
+
+
+def build() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="ebpfproxy",
+        description="Kubernetes-style Services on this node, load-balanced by the kernel.",
+        epilog=_EPILOG,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ebpfproxy {ebpfproxy.__version__}")
+    commands = _Commands(parser)
+    _verbs(commands)
+    _nouns(commands)
+    return parser
+
+
+def _verbs(commands: _Commands) -> None:
+    run = commands.add(
+        "run",
+        "run",
+        "run the agent",
+        "Run the agent: make the kernel serve the Services in a directory of Kubernetes manifests, and follow "
+        "its changes. SIGTERM ends the agent and leaves the Services working; SIGHUP reads everything again.",
+    )
+    _path(
+        run,
+        "--manifests",
+        kind=_DIRECTORY,
+        metavar="DIR",
+        required=True,
+        help="directory of .yaml, .yml and .json files",
+    )
+    _path(run, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration (kube-proxy's own file)")
+    run.add_argument("--node-name", metavar="NAME", help="name of this Node (default: the host's name)")
+    run.add_argument("--mode", choices=("auto", "bpf"), help="dataplane (default: auto)")
+    run.add_argument(
+        "--loader", choices=("auto", "libbpf", "bcc"), help="how BPF programs get into the kernel (default: auto)"
+    )
+    _path(
+        run,
+        "--cgroup",
+        kind=_DIRECTORY,
+        metavar="PATH",
+        help="cgroup whose processes can use Services (default: the root of cgroup v2)",
+    )
+    run.add_argument(
+        "--devices",
+        type=names,
+        metavar="A,B",
+        help="network devices, or patterns, whose packets are load-balanced (default: all that can be)",
+    )
+    _state_dir(run)
+    _bpffs(run)
+    run.add_argument("--once", action="store_true", help="end after the first successful sync")
+    run.add_argument("--log-format", choices=("text", "json"), help="format of the log (default: text)")
+    run.add_argument(
+        "--map-size",
+        type=map_size,
+        action="append",
+        default=[],
+        metavar="NAME=ENTRIES",
+        help="limit of a BPF map; may be repeated (`ebpfproxy maps` lists them)",
+    )
+
+    validate = commands.add(
+        "validate",
+        "validate",
+        "say what is wrong with manifests",
+        "Say what is wrong with manifests, each object alone and all together; touches nothing.",
+    )
+    _path(validate, "paths", kind=_FILE, nargs="+", metavar="FILE|DIR", help="a manifest or a directory of them")
+    _path(validate, "--config", kind=_FILE, metavar="FILE", help="also check this KubeProxyConfiguration, and use it")
+    _output(validate)
+
+    cleanup = commands.add(
+        "cleanup",
+        "cleanup",
+        "remove everything that ebpfproxy ever made",
+        "Remove everything that ebpfproxy ever made on this machine: links, filters, pinned maps and the state "
+        "directory. Services stop working. Needs no agent, touches nothing of others, may be repeated.",
+    )
+    _bpffs(cleanup)
+    _state_dir(cleanup)
+
+    completion = commands.add(
+        "completion",
+        "completion",
+        "print a script that completes commands in a shell",
+        "Print a completion script: ebpfproxy completion bash >/etc/bash_completion.d/ebpfproxy",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"))
+
+
+def _nouns(commands: _Commands) -> None:
+    check = commands.add(
+        "check",
+        "check",
+        "which dataplanes and loaders this machine can run, and why not the others",
+    )
+    _output(check)
+
+    services = commands.add("services", "services", "frontends: VIP, port, and how many backends")
+    backends = commands.add("backends", "backends", "backends of Services, with state and connections")
+    connections = commands.add("connections", "connections", "connections that are translated now")
+    affinity = commands.add("affinity", "affinity", "which client is bound to which backend (ClientIP)")
+    for noun in (services, backends, connections, affinity):
+        _filters(noun, protocol=noun is not affinity)
+        _output(noun)
+        _bpffs(noun)
+
+    explain = commands.add(
+        "explain",
+        "explain",
+        "what happens to a connection to a VIP, and why",
+        "Say which frontend a connection matches, which backends are candidates and why others are not, read "
+        "from the live maps.",
+    )
+    explain.add_argument(
+        "target", type=vip_port, metavar="VIP:PORT[/PROTO]", help="IPv6 in brackets; PROTO: tcp (default), udp, sctp"
+    )
+    explain.add_argument(
+        "--from", dest="source", type=ip_address, metavar="IP", help="where it comes from (default: this node)"
+    )
+    _output(explain)
+    _bpffs(explain)
+
+    maps = commands.add("maps", "maps", "fill and limit of each BPF map")
+    _output(maps)
+    _bpffs(maps)
+
+    status = commands.add("status", "status", "the agent, what it programmed last, and what the kernel counted")
+    _output(status)
+    _bpffs(status)
+    _state_dir(status)
+
+    env = commands.add(
+        "env",
+        "env",
+        "environment variables of a namespace's Services",
+        "Print the environment variables by which the containers of a namespace find its Services, as NAME=VALUE.",
+    )
+    env.add_argument("namespace", metavar="NAMESPACE")
+    _path(env, "--manifests", kind=_DIRECTORY, metavar="DIR", help="manifests (default: those of the agent)")
+    _output(env)
+    _state_dir(env)
+
+    commands.add("version", "version", "print the version")
