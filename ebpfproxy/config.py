@@ -130,6 +130,7 @@ class _Extras(_Schema, frozen=True):
     map_sizes: dict[str, int] = {}
     service_cluster_ip_range: str = msgspec.field(default="", name="serviceClusterIPRange")
     service_node_port_range: str = ""
+    load_balancer_pools: list[str] = []
     udp_idle: Duration = Duration(0)
 
 
@@ -185,6 +186,7 @@ class Config(msgspec.Struct, frozen=True):
     tcp_close_wait_s: float = 0.0
     service_cluster_ip_ranges: tuple[str, ...] = ("10.96.0.0/16",)
     service_node_port_range: tuple[int, int] = (30000, 32767)  # both inclusive
+    load_balancer_pools: tuple[str, ...] = ()  # prefixes, or first-last; checked where they are used
     map_sizes: dict[str, int] = {}
     log_format: str = "text"  # text | json
     log_debug: bool = False
@@ -234,17 +236,19 @@ def load(path: Path | str) -> Config:
         ConfigError: it can't be read, is not YAML, or a field is unknown or wrong; the message names it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"read configuration {path}: {error}") from error
-    import yaml
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"read configuration {path}: {error.strerror}") from error
+    from ebpfproxy import documents
 
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {path} is not YAML: {error}") from error
+        found = documents.read(str(path), data)
+    except documents.DocumentError as error:
+        raise ConfigError(f"configuration {error}") from error
     try:
-        return parse(raw)
+        if len(found) != 1:
+            raise ConfigError(f"expected one document, got {len(found)}")
+        return parse(found[0])
     except ConfigError as error:
         raise ConfigError(f"configuration {path}: {error}") from error
 
@@ -329,6 +333,7 @@ def _config(file: _File) -> Config:
             if extras.service_node_port_range
             else defaults.service_node_port_range
         ),
+        load_balancer_pools=tuple(extras.load_balancer_pools),
         map_sizes=dict(extras.map_sizes),
         log_format=file.logging.format or "text",
         log_debug=file.logging.verbosity >= _DEBUG_VERBOSITY,

@@ -92,6 +92,14 @@ class Problems:
             if text not in new:
                 self._logger.info("no longer: %s", text)
 
+    def of(self, group: str) -> tuple[str, ...]:
+        """Return the present problems of a group."""
+        return self._groups.get(group, ())
+
+    def has(self, *groups: str) -> bool:
+        """Return whether any of the groups has a problem."""
+        return any(self._groups.get(group) for group in groups)
+
     def all(self) -> tuple[str, ...]:
         """Return every present problem, group by group."""
         return tuple(text for group in sorted(self._groups) for text in self._groups[group])

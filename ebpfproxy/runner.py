@@ -30,24 +30,24 @@ class Runner:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.failures = 0  # in a row
-        self._requested = False
+        self.requested = False
         self._started: float | None = None  # of the last run
         self._failed: float | None = None  # when the last run failed; None if it did not
 
     def request(self) -> None:
         """Ask for a run: something changed."""
-        self._requested = True
+        self.requested = True
 
     def due(self) -> float:
         """Return when the next run is due; -infinity: at once, infinity: not before a request."""
         if self._started is None:
-            return float("-inf") if self._requested else float("inf")
+            return float("-inf") if self.requested else float("inf")
         earliest = self._started + self.limits.min_s
         if self._failed is not None:
             # A change may be what mends it: it need not wait out a long backoff, and many must not hammer.
-            wait_s = self.limits.first_retry_s if self._requested else self.limits.retry_s(self.failures)
+            wait_s = self.limits.first_retry_s if self.requested else self.limits.retry_s(self.failures)
             return max(earliest, self._failed + wait_s)
-        return earliest if self._requested else self._started + self.limits.max_s
+        return earliest if self.requested else self._started + self.limits.max_s
 
     def wait_s(self, now: float) -> float:
         """Return how long it is until the next run is due; 0: it is."""
@@ -55,7 +55,7 @@ class Runner:
 
     def start(self, now: float) -> None:
         """Note that a run starts; requests from here on are for the next one."""
-        self._requested = False
+        self.requested = False
         self._started = now
 
     def succeed(self) -> None:

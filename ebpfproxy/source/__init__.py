@@ -35,7 +35,7 @@ class Source(Protocol):
         """
 
     def reread(self) -> None:
-        """Read everything again; called from any thread."""
+        """Read everything again, and say ``Synced`` again after it; called from any thread."""
 
     def close(self) -> None:
         """End ``batches``; called from any thread."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import select
 import stat
-import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import inotify_simple
 
 from ebpfproxy import log
+from ebpfproxy.alarm import Alarm
+from ebpfproxy.documents import DocumentError
 from ebpfproxy.errors import SourceError
 from ebpfproxy.source import Reported, SourceEvent, lastgood, manifests
 from ebpfproxy.store import Delete, Set, Synced
@@ -71,28 +72,6 @@ class _File(NamedTuple):
     problems: tuple[str, ...]
 
 
-class _Alarm:
-    """Ends a poll from another thread."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()  # so that nobody rings at a number that has become another file
-
-    def ring(self) -> None:
-        with self._lock:
-            if self.fd >= 0:
-                os.eventfd_write(self.fd, 1)
-
-    def silence(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-
-    def close(self) -> None:
-        with self._lock:
-            os.close(self.fd)
-            self.fd = -1
-
-
 class DirectorySource:
     """Delivers the objects in the manifest files of a directory.
 
@@ -127,10 +106,10 @@ class DirectorySource:
         except OSError as error:
             self._inotify.close()
             raise SourceError(f"watch directory {directory}: {error.strerror}") from error
-        self._alarm = _Alarm()
+        self._alarm = Alarm()
         self._poller = select.poll()
         self._poller.register(self._inotify.fd, select.POLLIN)
-        self._poller.register(self._alarm.fd, select.POLLIN)
+        self._poller.register(self._alarm, select.POLLIN)
 
     # --- the Source protocol ---------------------------------------------------------------------
 
@@ -138,7 +117,7 @@ class DirectorySource:
         """Yield what changed, batch by batch; ``Synced`` ends the first one."""
         try:
             names = self._list()
-            if self._last_good:
+            if self._last_good and self._identity:
                 self._last_good.keep_only(names)
             yield (*self._read_files(names), Synced("objects"), *self._report())
             while not self._is_closed:
@@ -151,7 +130,7 @@ class DirectorySource:
                 self._last_good.close()
 
     def reread(self) -> None:
-        """Read everything again, changed or not."""
+        """Read everything again, changed or not; ``Synced`` follows it."""
         self._must_reread = True
         self._alarm.ring()
 
@@ -168,16 +147,19 @@ class DirectorySource:
         self._alarm.silence()
         if self._is_closed:
             return []
+        answer: list[SourceEvent] = []
+        if self._must_reread:
+            self._must_reread = False
+            answer.append(Synced("objects"))
         written, look = self._take_events()
         now = time.monotonic()
         if self._identity is None:
             look = self._come_back()
-        elif self._is_linked and not self._is_here():
-            return []
+        elif self._is_linked:
+            self._is_here()
         if self._identity is None:
-            return []
-        if self._must_reread:
-            self._must_reread = False
+            return answer
+        if answer:
             written.update(self._list())
             look = True
         if look or now >= self._next_look:
@@ -186,7 +168,7 @@ class DirectorySource:
         events = self._read_files(sorted(written))
         if self._settled_at is not None:
             self._settle(now, is_busy=bool(written))
-        return events + self._removals(now)
+        return events + self._removals(now) + answer
 
     def _deadline(self) -> float:
         """Return when there is something to do even if nothing happens."""
@@ -363,7 +345,7 @@ class DirectorySource:
             return None
         except OSError as error:
             return self._unreadable(name, before, f"{name}: can't be read: {error.strerror}", None)
-        except manifests.ManifestError as error:
+        except DocumentError as error:
             return self._unreadable(name, before, str(error), stamp)
         objects = manifest.objects
         if manifest.refused:

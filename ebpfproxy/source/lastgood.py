@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ebpfproxy import files, log
+from ebpfproxy.documents import DocumentError
 from ebpfproxy.source import manifests
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class LastGood:
             return manifests.read(path.name, path.read_bytes())
         except FileNotFoundError:
             pass
-        except (OSError, manifests.ManifestError) as error:
+        except (OSError, DocumentError) as error:
             _log.warning("read last good copy %s: %s", path, error)
         return manifests.Manifest({}, {}, frozenset(), ())
 

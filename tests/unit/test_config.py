@@ -262,9 +262,10 @@ def test_wrong_fields_are_errors(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is not YAML: .*line"),
+        ("a: [", "line 2.*is not YAML: "),
         ("- a\n", "expected a mapping with kind: KubeProxyConfiguration"),
-        ("", "expected a mapping"),
+        ("", "expected one document, got 0"),
+        ("a: 1\n---\nb: 2\n", "expected one document, got 2"),
     ],
 )
 def test_wrong_files_are_errors(tmp_path: Path, text: str, message: str) -> None:

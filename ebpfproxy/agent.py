@@ -1,0 +1,634 @@
+"""The agent: source -> store -> allocate -> resolve -> dataplane, in one loop in the main thread.
+
+Whatever goes wrong with something new, what was programmed goes on working: a failed sync is retried with
+backoff, a dead source is started again, a wrong configuration file changes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import gc
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import msgspec
+
+import ebpfproxy
+from ebpfproxy import config, files, host, log, netlink, runner, status
+from ebpfproxy.alarm import Alarm
+from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
+from ebpfproxy.model.addresses import canonical_cidr
+from ebpfproxy.model.objects import Node, ObjectKey
+from ebpfproxy.model.services import DesiredState, NodePortAddresses
+from ebpfproxy.resolve.allocate import AllocationOptions, Allocator
+from ebpfproxy.resolve.resolver import ResolveOptions, Resolver, node_context
+from ebpfproxy.source.feed import Feed
+from ebpfproxy.systemd import Notifier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ebpfproxy.config import Config
+    from ebpfproxy.dataplane import Dataplane
+    from ebpfproxy.model.objects import Problem
+    from ebpfproxy.source import Source
+
+_log = log.get(__name__)
+
+STATE_DIR = Path("/var/lib/ebpfproxy")
+LEDGER_FILE = "allocations.json"
+LOCK_FILE = "lock"
+PINS = "ebpfproxy"  # our directory in the BPF file system
+
+# Exit codes of ``run``.
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PROBLEMS = 0, 1, 2, 3
+
+_TICK_S = 1.0
+_NETWORK_S = 0.05  # how long changes of devices and addresses are gathered
+_RELOAD_S = 15.0  # a reload counts as done after this, whatever the source does
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The flags of ``ebpfproxy run``; what is empty comes from the configuration file or is found."""
+
+    manifests: Path
+    config: Path | None = None
+    node_name: str = ""
+    mode: str = ""  # auto | bpf
+    loader: str = ""  # auto | libbpf | bcc
+    cgroup: Path | None = None
+    devices: tuple[str, ...] = ()
+    state_dir: Path = STATE_DIR
+    bpffs: Path | None = None
+    map_sizes: dict[str, int] = {}
+    once: bool = False
+    log_format: str = ""  # text | json
+
+    def apply(self, file: Config) -> Config:
+        """Return the configuration with these flags over it."""
+        return msgspec.structs.replace(
+            file,
+            mode=self.mode or file.mode,
+            loader=self.loader or file.loader,
+            hostname_override=self.node_name or file.hostname_override,
+            devices=self.devices or file.devices,
+            map_sizes=file.map_sizes | self.map_sizes,
+            log_format=self.log_format or file.log_format,
+        )
+
+
+# What a reload can't change: the dataplane is built with it.
+_FIXED = {
+    "mode": "mode",
+    "loader": "ebpfproxy.loader",
+    "hostname_override": "hostnameOverride",
+    "devices": "ebpfproxy.devices",
+    "map_sizes": "ebpfproxy.mapSizes",
+    "service_node_port_range": "ebpfproxy.serviceNodePortRange",
+    "service_cluster_ip_ranges": "ebpfproxy.serviceClusterIPRange",
+    "load_balancer_pools": "ebpfproxy.loadBalancerPools",
+    "udp_idle_s": "ebpfproxy.udpIdle",
+    "udp_s": "conntrack.udpTimeout",
+    "udp_stream_s": "conntrack.udpStreamTimeout",
+    "tcp_established_s": "conntrack.tcpEstablishedTimeout",
+    "tcp_close_wait_s": "conntrack.tcpCloseWaitTimeout",
+}
+
+
+class Network(Protocol):
+    """What the agent needs to know of this host's devices and addresses."""
+
+    def fileno(self) -> int:
+        """Return what becomes readable when something changed."""
+
+    def changed(self) -> bool:
+        """Return whether something changed since the last call."""
+
+    def addresses(self) -> Sequence[netlink.Address]:
+        """Return the addresses of this host."""
+
+
+class HostNetwork(netlink.Watch):
+    """The network that this process is in."""
+
+    def addresses(self) -> Sequence[netlink.Address]:
+        """Return the addresses of this host."""
+        return netlink.addresses()
+
+
+class Place(NamedTuple):
+    """Where an agent works; for the status file."""
+
+    manifests: str
+    state_dir: Path
+    cgroup: str
+    bpffs: str
+
+
+def local_sources(settings: Config, node: Node | None) -> frozenset[str]:
+    """Return the prefixes whose traffic is this node's pods'.
+
+    Source: kube-proxy's detectLocalMode; without one, clusterCIDR if it is set, else the Node's pod CIDRs.
+    """
+    mode = settings.detect_local_mode
+    pod_cidrs = node.pod_cidrs if node else ()
+    if mode == "NodeCIDR" or (mode != "ClusterCIDR" and not settings.cluster_cidrs):
+        return frozenset(each for each in map(canonical_cidr, pod_cidrs) if each)
+    return frozenset(settings.cluster_cidrs)
+
+
+class Agent:
+    """Keeps a dataplane in step with a source.
+
+    Args:
+        settings: the configuration, flags applied.
+        place: where it works.
+        make_source: makes the source; called again when that dies.
+        network: this host's addresses.
+        dataplane: started before ``run``.
+        notifier: systemd.
+        load_settings: reads the configuration anew at a reload.
+
+    Raises:
+        ConfigError: a range to allocate from is wrong.
+        SourceError: there is no source.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        place: Place,
+        make_source: Callable[[], Source],
+        network: Network,
+        dataplane: Dataplane,
+        notifier: Notifier | None = None,
+        load_settings: Callable[[], Config] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.node_name = host.node_name(settings.hostname_override)
+        self._place = place
+        self._network = network
+        self._dataplane = dataplane
+        self._notifier = notifier or Notifier({})
+        self._load_settings = load_settings or (lambda: settings)
+        self._alarm = Alarm()
+        self._runner = runner.Runner(_limits(settings))
+        self._problems = log.Problems(_log)
+        self._must_stop = False
+        self._must_reload = False
+        self._reload_synced: int | None = None  # the reload is done when the feed has synced so often,
+        self._reload_deadline = 0.0  # or it is this late
+        # What it was worked out from, and this host's addresses. None: to be read.
+        self._addresses: tuple[Any, NodePortAddresses] | None = None
+        self._network_at: float | None = None  # when to look at gathered network changes
+        self._saved_ledger: Any = _read_ledger(place.state_dir / LEDGER_FILE)
+        self._must_compare = True  # what changed since the last resolution has to be found out
+        self._forget_resolution()
+        self._told: dict[str, tuple[Problem, ...]] = {}
+        self._state: DesiredState | None = None  # as it was last programmed
+        self._checked_state: DesiredState | None = None  # as it was last checked for what is unsupported
+        self._is_ready = False
+        self._started = _now()
+        self._last_sync = ""
+        self._last_sync_s = 0.0
+        self._syncs = 0
+        self._next_tick = 0.0
+        self._written: status.Status | None = None
+        self._feed = Feed(make_source, self._alarm)
+
+    # --- from any thread, and from signal handlers -----------------------------------------------
+
+    def stop(self) -> None:
+        """End ``run``; what is programmed stays."""
+        self._must_stop = True
+        self._alarm.ring()
+
+    def reload(self) -> None:
+        """Read the configuration and every object anew."""
+        self._must_reload = True
+        self._alarm.ring()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def run(self, *, once: bool = False) -> int:
+        """Work until ``stop``, or for one sync; return the exit code."""
+        poller = select.poll()
+        poller.register(self._alarm, select.POLLIN)
+        poller.register(self._network.fileno(), select.POLLIN)
+        self._notifier.status("reading manifests")
+        try:
+            while not self._must_stop:
+                self._step()
+                if once and (self._runner.failures or self._feed.failures):
+                    return EXIT_FAILED
+                if once and self._state is not None:
+                    return EXIT_PROBLEMS if self._problems.has("source", "allocation", "resolve") else EXIT_OK
+                if not self._must_stop:
+                    poller.poll(max(0.0, self._due() - time.monotonic()) * 1000 + 1)
+                self._alarm.silence()
+            return EXIT_OK
+        finally:
+            self._notifier.stopping("stopped; Services go on working")
+            self.close()
+            self._write_status("stopped")
+
+    def close(self) -> None:
+        """End what was started; ``run`` does it by itself."""
+        self._feed.close()
+        self._alarm.close()
+
+    def _due(self) -> float:
+        """Return when there is something to do even if nothing happens."""
+        network = float("inf") if self._network_at is None else self._network_at
+        sync = self._runner.due() if self._feed.store.ready() else float("inf")
+        return min(self._next_tick, network, sync, self._feed.due())
+
+    def _step(self) -> None:
+        """Do everything that is due."""
+        now = time.monotonic()
+        if self._must_reload:
+            self._must_reload = False
+            self._reload(now)
+        self._look_at_network(now)
+        if self._feed.update(now):
+            self._runner.request()
+            self._report("source", self._feed.problems)
+        if self._feed.store.ready() and self._runner.wait_s(time.monotonic()) == 0:
+            self._sync()
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK_S
+            self._tick(now)
+
+    # --- one sync --------------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """Make the dataplane serve what the store says."""
+        if not self._runner.requested:
+            self._addresses = None  # the periodic full run
+        started = time.monotonic()
+        self._runner.start(started)
+        problem, is_done = "", True
+        try:
+            state = self._desired_state()
+            self._dataplane.sync(state)
+        except EbpfproxyError as error:
+            problem, is_done = str(error), isinstance(error, MapFullError)  # the rest was programmed
+        except Exception as error:
+            problem, is_done = f"{type(error).__name__}: {error}", False
+            if not self._problems.has("sync"):
+                _log.exception("sync failed")
+            self._forget_resolution()
+        took_s = time.monotonic() - started
+        if problem:
+            self._runner.fail(time.monotonic())
+            self._report("sync", [f"sync failed and is tried again: {problem}"])
+        else:
+            self._runner.succeed()
+            self._report("sync", [])
+        if is_done:
+            self._state = state
+            self._syncs += 1
+            self._last_sync, self._last_sync_s = _now(), took_s
+            _log.debug("synced %d services in %.1f ms", len(state.services), took_s * 1000)
+            if not self._is_ready:
+                self._become_ready(state, took_s)
+        if self._reload_synced is not None and self._feed.synced >= self._reload_synced:
+            self._end_reload()
+
+    def _desired_state(self) -> DesiredState:
+        """Return what this node must serve now."""
+        store = self._feed.store
+        changes = store.take()
+        changed = None if self._feed.is_new or self._must_compare else changes.changed
+        self._must_compare = True  # unless all of this comes to its end
+        allocation = self._allocator.allocate(changes.objects, changed)
+        for repair in allocation.repairs:
+            _log.info("allocation: %s", repair)
+        self._save_ledger(allocation.ledger)
+        objects = allocation.objects
+        resolution = self._resolver.resolve(
+            objects,
+            node_context(objects, self.node_name),
+            ResolveOptions(scheduler=self.settings.scheduler),
+            None if changed is None else allocation.changed,
+        )
+        self._must_compare = self._feed.is_new = False
+        self._report_problems("duplicates", store.problems())
+        self._report_problems("allocation", allocation.problems)
+        self._report_problems("resolve", resolution.problems)
+        node = objects.get(ObjectKey("Node", "", self.node_name))
+        node = node if isinstance(node, Node) else None
+        return DesiredState(
+            resolution.services, self._node_port_addresses(node), local_sources(self.settings, node)
+        )
+
+    def _forget_resolution(self) -> None:
+        """Start from nothing: what is remembered can't be trusted after an unexpected error."""
+        self._allocator = Allocator(
+            AllocationOptions(
+                self.settings.service_cluster_ip_ranges,
+                self.settings.service_node_port_range,
+                self.settings.load_balancer_pools,
+            ),
+            self._saved_ledger,
+        )
+        self._resolver = Resolver()
+        self._must_compare = True
+
+    def _save_ledger(self, ledger: Any) -> None:
+        """Store what was allocated before it is programmed, so that no restart gives it to another Service.
+
+        When that fails, Services go on and it is tried again: a full disk is no reason to stop.
+        """
+        if ledger is self._saved_ledger or ledger == self._saved_ledger:
+            self._saved_ledger = ledger
+            return
+        path = self._place.state_dir / LEDGER_FILE
+        try:
+            files.write_atomic(path, msgspec.json.format(msgspec.json.encode(ledger), indent=1))
+        except OSError as error:
+            self._report(
+                "ledger", [f"save allocations in {path}: {error.strerror}; a restart may change them"]
+            )
+            return
+        self._saved_ledger = ledger
+        self._report("ledger", [])
+
+    def _node_port_addresses(self, node: Node | None) -> NodePortAddresses:
+        """Return this host's addresses; worked out anew only when something changed."""
+        selectors, primary = self.settings.node_port_addresses, node.ips if node else ()
+        key = (selectors, primary)
+        if self._addresses is None or self._addresses[0] != key:
+            found = netlink.node_port_addresses(self._network.addresses(), selectors, primary)
+            self._addresses = (key, found)
+        return self._addresses[1]
+
+    # --- beside syncs ----------------------------------------------------------------------------
+
+    def _look_at_network(self, now: float) -> None:
+        """Gather changes of devices and addresses for a moment, then follow them."""
+        if self._network.changed() and self._network_at is None:
+            self._network_at = now + _NETWORK_S
+        if self._network_at is not None and now >= self._network_at:
+            self._network_at = None
+            self._addresses = None
+            self._runner.request()
+            self._next_tick = now  # the dataplane sees to new devices at once
+
+    def _tick(self, now: float) -> None:
+        """Do what is done every second."""
+        self._notifier.ping(now)
+        try:
+            self._dataplane.tick()
+        except Exception as error:
+            if not isinstance(error, EbpfproxyError) and not self._problems.has("upkeep"):
+                _log.exception("upkeep failed")
+            self._report("upkeep", [f"upkeep failed and is tried again: {error}"])
+            self._runner.request()
+        else:
+            self._report("upkeep", [])
+        self._report("dataplane", getattr(self._dataplane, "problems", ()), logging.WARNING)
+        if self._reload_synced is not None and now >= self._reload_deadline:
+            self._end_reload()
+        if self._state is not None and self._state is not self._checked_state:
+            self._checked_state = self._state
+            self._report("unsupported", self._dataplane.unsupported(self._state), logging.WARNING)
+        self._write_status()
+        if self._is_ready:
+            self._notifier.status(self._summary())
+
+    def _become_ready(self, state: DesiredState, took_s: float) -> None:
+        # What is there now mostly stays: without this, every full garbage collection walks over all of it.
+        gc.freeze()
+        self._is_ready = True
+        self._write_status()
+        _log.info("ready: %s, first sync in %.0f ms", self._summary(), took_s * 1000)
+        self._notifier.ready(self._summary())
+
+    def _reload(self, now: float) -> None:
+        self._notifier.reloading()
+        _log.info("reloading")
+        try:
+            settings = self._load_settings()
+        except ConfigError as error:
+            self._report("config", [f"{error}; the configuration stays as it was"])
+        else:
+            self._report("config", [])
+            self._take_settings(settings)
+        self._reload_synced = self._feed.synced + 1
+        self._reload_deadline = now + _RELOAD_S
+        self._feed.reread()
+        self._addresses = None
+        self._runner.request()
+
+    def _take_settings(self, settings: Config) -> None:
+        """Change what can change while running; name the rest."""
+        fixed = {name: getattr(self.settings, name) for name in _FIXED}
+        later = [label for name, label in _FIXED.items() if getattr(settings, name) != fixed[name]]
+        if later:
+            _log.warning("changed, but in effect only after a restart: %s", ", ".join(later))
+        if settings.unused != self.settings.unused:
+            warn_unused(settings)
+        self.settings = msgspec.structs.replace(settings, **fixed)
+        self._runner.limits = _limits(settings)
+        log.setup(settings.log_format, debug=settings.log_debug)
+
+    def _end_reload(self) -> None:
+        self._reload_synced = None
+        self._notifier.ready(self._summary())
+        _log.info("reloaded: %s", self._summary())
+
+    # --- telling ---------------------------------------------------------------------------------
+
+    def _report(self, group: str, texts: Sequence[str], level: int = logging.ERROR) -> None:
+        self._problems.update(group, texts, level)
+
+    def _report_problems(self, group: str, problems: tuple[Problem, ...]) -> None:
+        """Report problems of objects, with the file that each came from."""
+        if problems != self._told.get(group, ()):
+            self._told[group] = problems
+            self._report(group, [str(problem) for problem in self._feed.store.locate(problems)])
+
+    def _summary(self) -> str:
+        count = len(self._state.services) if self._state else 0
+        failing = f", failing: {self._problems.of('sync')[0]}" if self._problems.has("sync") else ""
+        return f"{count} service ports{failing}"
+
+    def _write_status(self, state: str = "") -> None:
+        if not state:
+            state = "failing" if self._runner.failures else "running" if self._is_ready else "starting"
+        unsupported = self._problems.of("unsupported")
+        now = status.Status(
+            pid=os.getpid(),
+            version=ebpfproxy.__version__,
+            state=state,
+            node=self.node_name,
+            mode="bpf",
+            manifests=self._place.manifests,
+            cgroup=self._place.cgroup,
+            bpffs=self._place.bpffs,
+            started=self._started,
+            loader=getattr(self._dataplane, "loader", ""),
+            devices=tuple(getattr(self._dataplane, "devices", ())),
+            last_sync=self._last_sync,
+            last_sync_s=round(self._last_sync_s, 6),
+            syncs=self._syncs,
+            failures=self._runner.failures,
+            services=len(self._state.services) if self._state else 0,
+            backends=sum(len(each.backends) for each in self._state.services) if self._state else 0,
+            problems=tuple(text for text in self._problems.all() if text not in unsupported),
+            unsupported=unsupported,
+            unused_settings=self.settings.unused,
+        )
+        if now == self._written:
+            return
+        try:
+            status.write(self._place.state_dir, now)
+        except OSError as error:
+            self._report("status", [f"write {self._place.state_dir / status.FILE}: {error.strerror}"])
+        else:
+            self._written = now
+            self._report("status", [])
+
+
+def warn_unused(settings: Config) -> None:
+    """Name in one warning what the configuration file sets in vain."""
+    if settings.unused:
+        _log.warning("the configuration sets what has no effect here: %s", ", ".join(settings.unused))
+
+
+def _limits(settings: Config) -> runner.Limits:
+    return runner.Limits(min_s=settings.min_sync_s, max_s=settings.max_sync_s)
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _read_ledger(path: Path) -> dict[str, Any]:
+    """Return what was allocated in earlier runs."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.DecodeError) as error:
+        _log.error("read allocations in %s: %s; everything is allocated anew", path, error)
+        return {}
+
+
+# --- the process -------------------------------------------------------------------------------------
+
+
+def run(options: Options) -> int:
+    """Run the agent until a signal ends it; return the exit code.
+
+    0: ended on request, or ``once`` and all is well; 1: failed; 2: wrong configuration or flags;
+    3: ``once``, and some objects were refused.
+    """
+    log.setup(options.log_format or "text")
+    try:
+        settings = _settings(options)
+        log.setup(settings.log_format, debug=settings.log_debug)
+        warn_unused(settings)
+        return _run(options, settings)
+    except ConfigError as error:
+        _log.error("%s", error)
+        return EXIT_USAGE
+    except EbpfproxyError as error:
+        _log.error("%s", error)
+        return EXIT_FAILED
+
+
+def _settings(options: Options) -> Config:
+    return options.apply(config.load(options.config) if options.config else config.Config())
+
+
+def _run(options: Options, settings: Config) -> int:
+    from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane
+    from ebpfproxy.source.directory import DirectorySource
+    from ebpfproxy.source.lastgood import directory_of
+
+    cgroup = options.cgroup or host.find_cgroup2()
+    bpffs = options.bpffs or _bpffs()
+    locks = [_lock_state_dir(options.state_dir), _lock_pins(bpffs)]
+    dataplane = BpfDataplane(_bpf_options(settings, cgroup, bpffs))
+    network = HostNetwork()
+    try:
+        agent = Agent(
+            settings,
+            Place(str(options.manifests), options.state_dir, str(cgroup), str(bpffs)),
+            lambda: DirectorySource(options.manifests, directory_of(options.state_dir)),
+            network,
+            dataplane,
+            Notifier(),
+            lambda: _settings(options),
+        )
+        _handle_signals(agent)
+        # The source reads meanwhile, in its own thread.
+        try:
+            dataplane.start()
+        except BaseException:
+            agent.close()
+            raise
+        return agent.run(once=options.once)
+    finally:
+        dataplane.close()
+        network.close()
+        for lock in locks:
+            lock.close()
+
+
+def _handle_signals(agent: Agent) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: agent.stop())
+        signal.signal(signal.SIGHUP, lambda *_: agent.reload())
+
+
+def _bpf_options(settings: Config, cgroup: Path, bpffs: Path) -> Any:
+    from ebpfproxy.dataplane.bpf.dataplane import BpfOptions
+    from ebpfproxy.dataplane.bpf.gc import Timeouts
+
+    names = ("udp_idle_s", "udp_s", "udp_stream_s", "tcp_established_s", "tcp_close_wait_s")
+    timeouts = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    return BpfOptions(
+        bpffs=bpffs,
+        cgroup=cgroup,
+        devices=settings.devices,
+        loader=settings.loader,
+        sizes=settings.map_sizes,
+        node_ports=settings.service_node_port_range,
+        timeouts=Timeouts(**timeouts),
+    )
+
+
+def _bpffs() -> Path:
+    """Return where the BPF file system is; mount it where it belongs if it is nowhere."""
+    found = host.find_bpffs()
+    if found is None:
+        host.mount_bpffs()
+        _log.info("mounted a bpf file system at %s: there was none", host.BPFFS)
+    return found or host.BPFFS
+
+
+def _lock_state_dir(path: Path) -> files.Lock:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return files.Lock(path / LOCK_FILE, "the state directory of")
+    except OSError as error:
+        raise EbpfproxyError(f"use state directory {path}: {error.strerror}") from error
+
+
+def _lock_pins(bpffs: Path) -> files.Lock:
+    try:
+        pins = bpffs / PINS
+        pins.mkdir(mode=0o700, exist_ok=True)
+        return files.Lock(pins, "the pinned maps in")
+    except OSError as error:
+        raise EbpfproxyError(f"use the bpf file system at {bpffs}: {error.strerror}") from error
