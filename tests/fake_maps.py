@@ -1,0 +1,189 @@
+"""Maps in memory and small desired states, for the tests of the BPF dataplane's pure part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ebpfproxy.dataplane.bpf.layouts import (
+    BACKEND,
+    BACKEND_STATS,
+    PROTOCOL_NUMBER,
+    SERVICE,
+    SERVICE_STATS,
+    SLOT_SIZE,
+    unpack_address,
+    unpack_port,
+    unpack_slots,
+)
+from ebpfproxy.dataplane.bpf.plan import Drop, Put, Step, Write
+from ebpfproxy.libbpf import lib
+from ebpfproxy.model.services import (
+    Backend,
+    Empty,
+    Frontend,
+    FrontendKind,
+    Policy,
+    Pool,
+    Protocol,
+    Readiness,
+    Scheduler,
+    Service,
+    ServiceName,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+LIMITS = {
+    "service_names": 32,
+    "service_stats": 32,
+    "backends": 128,
+    "backend_stats": 128,
+    "slots": 4096,
+    "services": 64,
+    "vips": 32,
+    "source_ranges": 32,
+    "local_sources": 8,
+}
+ELEMENT = {
+    "backends": BACKEND.size,
+    "backend_stats": BACKEND_STATS.size,
+    "service_stats": SERVICE_STATS.size,
+    "slots": SLOT_SIZE,
+}
+
+
+class FakeMap:
+    """A BPF map in memory."""
+
+    def __init__(self, name: str, max_entries: int) -> None:
+        self.name = name
+        self.max_entries = max_entries
+        self.entries: dict[bytes, bytes] = {}
+        self.memory = bytearray(ELEMENT.get(name, 0) * max_entries)
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        return list(self.entries.items())
+
+    def chunks(self, size: int) -> Iterator[list[tuple[bytes, bytes]]]:
+        every = self.items()
+        for start in range(0, len(every), size):
+            yield every[start : start + size]
+
+    def update_batch(self, items: Mapping[bytes, bytes]) -> None:
+        self.entries.update(items)
+        assert len(self.entries) <= self.max_entries, f"the kernel would refuse: map {self.name} is full"
+
+    def delete_batch(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self.entries.pop(key, None)
+
+    def mmap(self) -> memoryview:
+        return memoryview(self.memory)
+
+
+def fake_maps(limits: Mapping[str, int] = LIMITS) -> dict[str, FakeMap]:
+    return {name: FakeMap(name, limit) for name, limit in limits.items()}
+
+
+def single_writes(steps: Iterable[Step]) -> Iterator[Step]:
+    """Yield the same writes one by one, arrays word by word: each may be the last before a kill."""
+    for step in steps:
+        match step:
+            case Put(name, entries):
+                yield from (Put(name, {key: value}) for key, value in entries.items())
+            case Drop(name, keys):
+                yield from (Drop(name, [key]) for key in keys)
+            case Write(name, parts):
+                for offset, content in parts:
+                    for at in range(0, len(content), 8):
+                        yield Write(name, [(offset + at, content[at : at + 8])])
+
+
+def service(
+    name: str,
+    backends: Iterable[Backend] = (),
+    frontends: Iterable[Frontend] = (),
+    *,
+    protocol: Protocol = Protocol.TCP,
+    scheduler: Scheduler = Scheduler.RR,
+    external_policy: Policy = Policy.CLUSTER,
+    affinity_s: int = 0,
+    source_ranges: tuple[str, ...] = (),
+) -> Service:
+    """Return a Service whose pools follow from its backends as SERVICES.md section 4 says."""
+    every = tuple(sorted(backends, key=lambda b: (b.address, b.port)))
+
+    def pool(candidates: Iterable[Backend], on_empty: Empty) -> Pool:
+        usable = [b for b in candidates if b.weight]
+        for readiness in (Readiness.READY, Readiness.TERMINATING):
+            chosen = tuple(b for b in usable if b.readiness is readiness)
+            if chosen:
+                return Pool(chosen)
+        return Pool((), on_empty)
+
+    cluster = pool(every, Empty.REJECT)
+    local = pool([b for b in every if b.is_local], Empty.DROP if cluster.backends else Empty.REJECT)
+    return Service(
+        name=ServiceName("default", name, "", 4),
+        protocol=protocol,
+        frontends=tuple(frontends),
+        backends=every,
+        cluster=cluster,
+        local=local,
+        external_policy=external_policy,
+        scheduler=scheduler,
+        affinity_s=affinity_s,
+        source_ranges=source_ranges,
+        has_source_ranges=bool(source_ranges),
+    )
+
+
+def cluster_ip(address: str, port: int = 80) -> Frontend:
+    return Frontend(FrontendKind.CLUSTER_IP, address, port)
+
+
+def node_port(port: int) -> Frontend:
+    return Frontend(FrontendKind.NODE_PORT, "", port)
+
+
+def load_balancer(address: str, port: int = 80) -> Frontend:
+    return Frontend(FrontendKind.LOAD_BALANCER, address, port)
+
+
+def follow(maps: Mapping[str, FakeMap], value: bytes) -> list[tuple[str, int]]:
+    """Return the backends that a program reaches from a value of map services, slot by slot.
+
+    Asserts that every step of the way is there: nothing dangles.
+    """
+    entry = SERVICE.read(value)
+    names = {int.from_bytes(key, "little") for key in maps["service_names"].entries}
+    assert entry.id in names, "the service id has no name"
+    start = entry.slot_base * SLOT_SIZE
+    reached = []
+    for number in unpack_slots(maps["slots"].memory[start : start + entry.slot_count * SLOT_SIZE]):
+        backend = BACKEND.read(bytes(maps["backends"].memory[number * BACKEND.size :][: BACKEND.size]))
+        assert number, "a slot is empty"
+        assert backend.service == entry.id, "a slot leads to a backend of another service"
+        assert backend.state in (lib.BACKEND_READY, lib.BACKEND_TERMINATING), (
+            "a slot leads to an unusable one"
+        )
+        reached.append((unpack_address(backend.address), unpack_port(backend.port)))
+    return reached
+
+
+def expected(services: Iterable[Service]) -> dict[tuple[str, int, int, bool], frozenset[tuple[str, int]]]:
+    """Return (VIP, port, protocol, is external) -> the backends that must be reached, from the model alone."""
+    result = {}
+    for each in sorted(services, key=lambda s: s.name, reverse=True):
+        for frontend in each.frontends:
+            for is_external in (False, True):
+                key = (
+                    frontend.address or "0.0.0.0",
+                    frontend.port,
+                    PROTOCOL_NUMBER[each.protocol],
+                    is_external,
+                )
+                pool = each.pool(frontend.kind, is_external=is_external)
+                result[key] = frozenset((b.address, b.port) for b in pool.backends)
+    return result
