@@ -39,9 +39,10 @@ static __always_inline enum verdict refuse(const struct service *service, enum v
 }
 
 /* Finds a backend for a new flow and remembers both; fills `flow`. */
-static __always_inline enum verdict begin_flow(const struct packet *packet, __u32 kinds, struct flow *flow)
+static __always_inline enum verdict begin_flow(const struct packet *packet, __u32 kinds,
+					       struct flow *flow)
 {
-	struct request request = { .flow = packet->flow, .client_kind = CLIENT_ADDR };
+	struct request request = {.flow = packet->flow, .client_kind = CLIENT_ADDR};
 	const struct flow_key *key = &packet->flow;
 	struct backend *backend;
 	struct service *service;
@@ -58,7 +59,8 @@ static __always_inline enum verdict begin_flow(const struct packet *packet, __u3
 	id = select_backend(service, &request, flow->last_seen_ns);
 	backend = map_lookup(backends, &id);
 	if (!id || !backend)
-		return refuse(service, service->flags & SERVICE_DROP_EMPTY ? VERDICT_DROP_EMPTY : VERDICT_REJECT_EMPTY);
+		return refuse(service, service->flags & SERVICE_DROP_EMPTY ? VERDICT_DROP_EMPTY
+									   : VERDICT_REJECT_EMPTY);
 	flow->addr = backend->address;
 	flow->port = backend->port;
 	flow->service = service->id;
@@ -107,7 +109,8 @@ static __always_inline enum verdict translate(struct __sk_buff *skb)
 		if (verdict != VERDICT_NEW)
 			return verdict;
 	}
-	return rewrite(skb, &packet, false, &chosen.addr, chosen.port) ? verdict : VERDICT_REWRITE_FAILED;
+	return rewrite(skb, &packet, false, &chosen.addr, chosen.port) ? verdict
+								       : VERDICT_REWRITE_FAILED;
 }
 
 static __always_inline enum verdict restore(struct __sk_buff *skb)

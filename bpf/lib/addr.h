@@ -20,13 +20,15 @@ static __always_inline bool addr_is_v4(const struct addr *addr)
 
 static __always_inline bool addr_equal(const struct addr *a, const struct addr *b)
 {
-	return !((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) | (a->w[3] ^ b->w[3]));
+	return !((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
+		 (a->w[3] ^ b->w[3]));
 }
 
 /* 0.0.0.0 or :: */
 static __always_inline bool addr_is_any(const struct addr *addr)
 {
-	return !(addr->w[0] | addr->w[1] | addr->w[3]) && (!addr->w[2] || addr->w[2] == bpf_htonl(0xffff));
+	return !(addr->w[0] | addr->w[1] | addr->w[3]) &&
+	       (!addr->w[2] || addr->w[2] == bpf_htonl(0xffff));
 }
 
 /* 127.0.0.0/8 (RFC 1122 3.2.1.3) */

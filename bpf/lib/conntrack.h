@@ -25,8 +25,8 @@ static __always_inline bool is_closed(__u8 state)
 }
 
 /* Makes the other direction's key and value of an entry. */
-static __always_inline void make_twin(const struct flow_key *key, const struct flow *flow, struct flow_key *twin_key,
-				      struct flow *twin)
+static __always_inline void make_twin(const struct flow_key *key, const struct flow *flow,
+				      struct flow_key *twin_key, struct flow *twin)
 {
 	bool is_forward = key->dir == FLOW_FORWARD;
 
@@ -123,7 +123,8 @@ static __always_inline bool is_over(const struct packet *packet, const struct fl
 			return true;
 	}
 	backend = map_lookup(backends, &id);
-	return !backend || !is_serving(backend) || !is_same_backend(backend, flow->service, &flow->addr, flow->port);
+	return !backend || !is_serving(backend) ||
+	       !is_same_backend(backend, flow->service, &flow->addr, flow->port);
 }
 
 /* The end of a flow that another one replaces. */

@@ -13,7 +13,7 @@
 
 /* The Castagnoli polynomial; bits reflected: bit 31 is x^0, bit 0 is x^31. */
 #define CRC32C_POLY 0x82f63b78
-#define CRC32C_X8 0x00800000
+#define CRC32C_X8   0x00800000
 #define CRC32C_BITS 32
 
 /* An IP packet has at most 65535 bytes (RFC 791 3.1, RFC 8200 3). */

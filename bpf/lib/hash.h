@@ -13,9 +13,10 @@
 /* The number that four bytes of memory make, the first one lowest. */
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 #define hash_word(w) __builtin_bswap32(w)
-#define hash_ports(first, second) (__builtin_bswap16(first) | (__u32)__builtin_bswap16(second) << 16)
+#define hash_ports(first, second) \
+	(__builtin_bswap16(first) | (__u32)__builtin_bswap16(second) << 16)
 #else
-#define hash_word(w) (w)
+#define hash_word(w)		  (w)
 #define hash_ports(first, second) ((first) | (__u32)(second) << 16)
 #endif
 

@@ -23,36 +23,36 @@
 #define HEADER_OFFSET_MAX (14 + 2 * 4 + 40 + IP6_EXT_MAX * 2048)
 
 /* RFC 791 3.1 */
-#define IP4_VERSION 4
-#define IP4_WORD 4
-#define IP4_HEADER_MIN 5
-#define IP4_MORE_FRAGMENTS 0x2000
+#define IP4_VERSION	    4
+#define IP4_WORD	    4
+#define IP4_HEADER_MIN	    5
+#define IP4_MORE_FRAGMENTS  0x2000
 #define IP4_FRAGMENT_OFFSET 0x1fff
 /* RFC 8200 4.5 */
-#define IP6_VERSION 6
-#define IP6_MORE_FRAGMENTS 1
+#define IP6_VERSION	    6
+#define IP6_MORE_FRAGMENTS  1
 #define IP6_FRAGMENT_OFFSET 0xfff8
 
 /* IANA protocol numbers that <linux/in.h> leaves out. */
 #define NEXT_MOBILITY 135
-#define NEXT_HIP 139
-#define NEXT_SHIM6 140
+#define NEXT_HIP      139
+#define NEXT_SHIM6    140
 
-#define ETHERTYPE_IP4 0x0800
-#define ETHERTYPE_IP6 0x86dd
+#define ETHERTYPE_IP4  0x0800
+#define ETHERTYPE_IP6  0x86dd
 #define ETHERTYPE_VLAN 0x8100
 #define ETHERTYPE_QINQ 0x88a8
 
 struct vlan_tag {
 	__be16 tci;
-	__be16 ethertype;		/* of what follows */
+	__be16 ethertype; /* of what follows */
 };
 
 /* RFC 8200 4: what hop-by-hop, routing, destination and fragment headers begin with. */
 struct ip6_extension {
 	__u8 next;
-	__u8 length;			/* in 8 bytes, the first 8 not counted; fragment: reserved */
-	__be16 rest;			/* routing: type, segments left; fragment: offset, more */
+	__u8 length; /* in 8 bytes, the first 8 not counted; fragment: reserved */
+	__be16 rest; /* routing: type, segments left; fragment: offset, more */
 };
 
 /* RFC 9260 3.1 and the type of the first chunk, 3.2 */
@@ -72,20 +72,20 @@ enum sctp_chunk {
 
 /* What a packet says about its connection; bits of struct packet.events. UDP says nothing. */
 enum packet_event {
-	EVENT_OPEN = 1,			/* SYN without ACK; INIT */
-	EVENT_FIN = 2,			/* FIN; SHUTDOWN */
-	EVENT_RESET = 4,		/* RST; ABORT, SHUTDOWN COMPLETE */
+	EVENT_OPEN = 1, /* SYN without ACK; INIT */
+	EVENT_FIN = 2, /* FIN; SHUTDOWN */
+	EVENT_RESET = 4, /* RST; ABORT, SHUTDOWN COMPLETE */
 };
 
 struct packet {
-	struct flow_key flow;		/* as the packet shows it; dir is the caller's */
-	__u32 l3;			/* offset of the IP header */
-	__u32 l4;			/* offset of the header behind it (and behind extension headers) */
-	__u32 l4_size;			/* bytes from there to the end of the IP packet */
-	__u8 version;			/* IP4_VERSION | IP6_VERSION */
+	struct flow_key flow; /* as the packet shows it; dir is the caller's */
+	__u32 l3; /* offset of the IP header */
+	__u32 l4; /* offset of the header behind it (and behind extension headers) */
+	__u32 l4_size; /* bytes from there to the end of the IP packet */
+	__u8 version; /* IP4_VERSION | IP6_VERSION */
 	__u8 is_fragment;
-	__u8 next;			/* protocol of what is at l4 */
-	__u8 events;			/* bits of enum packet_event */
+	__u8 next; /* protocol of what is at l4 */
+	__u8 events; /* bits of enum packet_event */
 };
 
 /* Returns `size` bytes at `offset` if they are in the linear part. */
@@ -150,7 +150,8 @@ static __always_inline enum verdict parse_ip4(struct __sk_buff *skb, struct pack
 	packet->l4 = packet->l3 + size;
 	packet->l4_size = length > size ? length - size : 0;
 	packet->next = ip->protocol;
-	packet->is_fragment = !!(ip->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET));
+	packet->is_fragment =
+		!!(ip->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET));
 	return VERDICT_CONTINUE;
 }
 

@@ -61,6 +61,7 @@
 
 /* errno values that programs return (asm-generic/errno-base.h, errno.h). */
 #define EPERM 1
+#define EADDRINUSE 98
 #define ECONNREFUSED 111
 
 /* An atomic `*p += n`. The old value can't be had: that takes kernel 5.12. */

@@ -22,25 +22,29 @@ static __always_inline __u32 l4_checksum(const struct packet *packet, __u64 *fla
 	return packet->l4 + offsetof(struct udphdr, check);
 }
 
-static __always_inline long rewrite_ip4(struct __sk_buff *skb, const struct packet *packet, bool is_source,
-					const struct addr *old, const struct addr *new)
+static __always_inline long rewrite_ip4(struct __sk_buff *skb, const struct packet *packet,
+					bool is_source, const struct addr *old,
+					const struct addr *new)
 {
-	__u32 at = packet->l3 + (is_source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
+	__u32 at = packet->l3 +
+		   (is_source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
 	__be32 from = old->w[3], to = new->w[3];
 	__u64 flags;
 	__u32 check = l4_checksum(packet, &flags);
 	long err = 0;
 
 	if (packet->flow.proto != IPPROTO_SCTP)
-		err = bpf_l4_csum_replace(skb, check, from, to, flags | BPF_F_PSEUDO_HDR | sizeof(to));
+		err = bpf_l4_csum_replace(skb, check, from, to,
+					  flags | BPF_F_PSEUDO_HDR | sizeof(to));
 	return err ?: bpf_l3_csum_replace(skb, packet->l3 + offsetof(struct iphdr, check), from, to, sizeof(to))
 		   ?: bpf_skb_store_bytes(skb, at, &to, sizeof(to), 0);
 }
 
-static __always_inline long rewrite_ip6(struct __sk_buff *skb, const struct packet *packet, bool is_source,
-					struct addr *old, struct addr *new)
+static __always_inline long rewrite_ip6(struct __sk_buff *skb, const struct packet *packet,
+					bool is_source, struct addr *old, struct addr *new)
 {
-	__u32 at = packet->l3 + (is_source ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
+	__u32 at = packet->l3 +
+		   (is_source ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
 	__u64 flags;
 	__u32 check = l4_checksum(packet, &flags);
 	long err = 0;
@@ -53,11 +57,14 @@ static __always_inline long rewrite_ip6(struct __sk_buff *skb, const struct pack
 	/* IPv6 has no header checksum that would balance the new address in skb->csum (CHECKSUM_COMPLETE):
 	 * RECOMPUTE_CSUM adds what the line above took away. (6.16 has BPF_F_IPV6 for the same.)
 	 */
-	return err ?: bpf_skb_store_bytes(skb, at, new, sizeof(*new),
-					  packet->flow.proto == IPPROTO_SCTP ? 0 : BPF_F_RECOMPUTE_CSUM);
+	return err
+		       ?: bpf_skb_store_bytes(
+				  skb, at, new, sizeof(*new),
+				  packet->flow.proto == IPPROTO_SCTP ? 0 : BPF_F_RECOMPUTE_CSUM);
 }
 
-static __always_inline long rewrite_sctp_checksum(struct __sk_buff *skb, const struct packet *packet, bool is_source,
+static __always_inline long rewrite_sctp_checksum(struct __sk_buff *skb,
+						  const struct packet *packet, bool is_source,
 						  __be16 old, __be16 new)
 {
 	__u32 at = packet->l4 + offsetof(struct sctp_header, checksum);
@@ -73,7 +80,8 @@ static __always_inline long rewrite_sctp_checksum(struct __sk_buff *skb, const s
 	bytes = (__u8 *)&change;
 	ports[is_source ? 0 : 2] = bytes[0];
 	ports[is_source ? 1 : 3] = bytes[1];
-	delta = crc32c_delta(ports[0] | ports[1] << 8 | ports[2] << 16 | (__u32)ports[3] << 24, packet->l4_size);
+	delta = crc32c_delta(ports[0] | ports[1] << 8 | ports[2] << 16 | (__u32)ports[3] << 24,
+			     packet->l4_size);
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 	delta = __builtin_bswap32(delta);
 #endif
@@ -81,8 +89,8 @@ static __always_inline long rewrite_sctp_checksum(struct __sk_buff *skb, const s
 	return bpf_skb_store_bytes(skb, at, &checksum, sizeof(checksum), 0);
 }
 
-static __always_inline long rewrite_port(struct __sk_buff *skb, const struct packet *packet, bool is_source,
-					 __be16 old, __be16 new)
+static __always_inline long rewrite_port(struct __sk_buff *skb, const struct packet *packet,
+					 bool is_source, __be16 old, __be16 new)
 {
 	/* Source port, destination port: TCP, UDP and SCTP all begin so. */
 	__u32 at = packet->l4 + (is_source ? 0 : sizeof(old));
@@ -100,8 +108,8 @@ static __always_inline long rewrite_port(struct __sk_buff *skb, const struct pac
 }
 
 /* Gives the packet a new source or destination. False: the kernel refused, the packet may be half changed. */
-static __always_inline bool rewrite(struct __sk_buff *skb, struct packet *packet, bool is_source, struct addr *addr,
-				    __be16 port)
+static __always_inline bool rewrite(struct __sk_buff *skb, struct packet *packet, bool is_source,
+				    struct addr *addr, __be16 port)
 {
 	struct addr *old = is_source ? &packet->flow.src : &packet->flow.dst;
 	long err;
@@ -112,7 +120,8 @@ static __always_inline bool rewrite(struct __sk_buff *skb, struct packet *packet
 		err = rewrite_ip4(skb, packet, is_source, old, addr);
 	else
 		err = rewrite_ip6(skb, packet, is_source, old, addr);
-	return !err && !rewrite_port(skb, packet, is_source, is_source ? packet->flow.sport : packet->flow.dport, port);
+	return !err && !rewrite_port(skb, packet, is_source,
+				     is_source ? packet->flow.sport : packet->flow.dport, port);
 }
 
 #endif /* EBPFPROXY_REWRITE_H */

@@ -26,7 +26,7 @@
 /* Who wants a backend, and for what. flow.src is the client, flow.dst the VIP. */
 struct request {
 	struct flow_key flow;
-	__u8 client_kind;		/* enum client_kind */
+	__u8 client_kind; /* enum client_kind */
 };
 
 static __always_inline __u32 slot_backend(__u32 slot)
@@ -152,10 +152,11 @@ static __always_inline bool is_serving(const struct backend *backend)
 }
 
 /* Whether the id still means the backend that a flow was sent to. */
-static __always_inline bool is_same_backend(const struct backend *backend, __u32 service, const struct addr *addr,
-					    __be16 port)
+static __always_inline bool is_same_backend(const struct backend *backend, __u32 service,
+					    const struct addr *addr, __be16 port)
 {
-	return backend->service == service && backend->port == port && addr_equal(&backend->address, addr);
+	return backend->service == service && backend->port == port &&
+	       addr_equal(&backend->address, addr);
 }
 
 /* Whether the backend is in the service's present pool, without a search in the slots. A pool is all
@@ -176,7 +177,8 @@ static __always_inline bool is_in_pool(const struct service *service, const stru
 	return first && is_serving(backend) && backend->state == first->state;
 }
 
-static __always_inline __u32 affine_backend(const struct service *service, const struct affinity_key *key, __u64 now)
+static __always_inline __u32 affine_backend(const struct service *service,
+					    const struct affinity_key *key, __u64 now)
 {
 	struct affinity *entry = map_lookup(affinity, key);
 	struct backend *backend;
@@ -190,14 +192,15 @@ static __always_inline __u32 affine_backend(const struct service *service, const
 }
 
 /* Returns a backend id, 0 if there is none. The service's pool is not empty. */
-static __always_inline __u32 select_backend(const struct service *service, const struct request *request, __u64 now)
+static __always_inline __u32 select_backend(const struct service *service,
+					    const struct request *request, __u64 now)
 {
 	struct affinity_key key = {
 		.client = request->flow.src,
 		.service = service->id,
 		.kind = request->client_kind,
 	};
-	struct affinity entry = { .last_used_ns = now };
+	struct affinity entry = {.last_used_ns = now};
 
 	if (!service->slot_count)
 		return 0;

@@ -17,7 +17,8 @@ static __always_inline bool is_node_port(__be16 port)
 {
 	__u16 number = bpf_ntohs(port);
 
-	return config.node_port_max && number >= config.node_port_min && number <= config.node_port_max;
+	return config.node_port_max && number >= config.node_port_min &&
+	       number <= config.node_port_max;
 }
 
 /* Whether `port` of an address of these kinds can have a service: what needs no look-up is refused here. */
@@ -26,20 +27,22 @@ static __always_inline bool may_serve(__u32 kinds, __be16 port)
 	return kinds & VIP_SERVICE_KINDS || (kinds & VIP_NODE && is_node_port(port));
 }
 
-static __always_inline struct service *find_node_port(bool is_v4, __be16 port, __u8 proto, enum scope scope)
+static __always_inline struct service *find_node_port(bool is_v4, __be16 port, __u8 proto,
+						      enum scope scope)
 {
-	struct service_key key = { .port = port, .proto = proto, .scope = scope };
+	struct service_key key = {.port = port, .proto = proto, .scope = scope};
 
 	if (is_v4)
 		key.vip.w[2] = bpf_htonl(0xffff);
 	return map_lookup(services, &key);
 }
 
-static __always_inline struct service *find_service(__u32 kinds, const struct addr *vip, __be16 port, __u8 proto,
-						    enum scope scope)
+static __always_inline struct service *find_service(__u32 kinds, const struct addr *vip,
+						    __be16 port, __u8 proto, enum scope scope)
 {
 	if (kinds & VIP_SERVICE_KINDS) {
-		struct service_key key = { .vip = *vip, .port = port, .proto = proto, .scope = scope };
+		struct service_key key = {
+			.vip = *vip, .port = port, .proto = proto, .scope = scope};
 		struct service *service = map_lookup(services, &key);
 
 		if (service)
@@ -58,7 +61,8 @@ static __always_inline enum verdict unused_port(__u32 kinds)
 
 static __always_inline bool in_source_ranges(__u32 service, const struct addr *source)
 {
-	struct source_range_key key = { .prefixlen = SOURCE_RANGE_BITS, .service = service, .source = *source };
+	struct source_range_key key = {
+		.prefixlen = SOURCE_RANGE_BITS, .service = service, .source = *source};
 
 	return !!map_lookup(source_ranges, &key);
 }
@@ -66,7 +70,7 @@ static __always_inline bool in_source_ranges(__u32 service, const struct addr *s
 /* Which traffic policy a packet from `source` gets. */
 static __always_inline enum scope source_scope(const struct addr *source)
 {
-	struct local_source_key key = { .prefixlen = LOCAL_SOURCE_BITS, .source = *source };
+	struct local_source_key key = {.prefixlen = LOCAL_SOURCE_BITS, .source = *source};
 
 	return map_lookup(local_sources, &key) ? SCOPE_INTERNAL : SCOPE_EXTERNAL;
 }
