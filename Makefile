@@ -66,7 +66,7 @@ help: ## this list
 # --- what the targets above need ----------------------------------------------------------------------
 
 # Debian packages: asks dpkg every time (10 ms), installs only what is missing.
-apt-%:
+apt-build apt-demo apt-lint apt-test: apt-%:
 	@scripts/deps $*
 
 $(BIN)/python: | apt-build
