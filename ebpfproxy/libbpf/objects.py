@@ -46,7 +46,7 @@ class Object(Closeable):
             raise LoadError(f"open BPF object {path}: no such file; run `make build`")
         self._object = lib.bpf_object__open(os.fsencode(path))
         if not self._object:
-            reason = f"{os.strerror(ffi.errno)}\n{self._messages()}"
+            reason = self._messages().strip() or os.strerror(ffi.errno)
             raise LoadError(f"open BPF object {path}: {reason}; run `make build`")
         self._maps = {
             ffi.string(lib.bpf_map__name(each)).decode(): each

@@ -55,12 +55,10 @@ class BccLoader:
             failed = undo.enter_context(ExitStack())
             failed.callback(staged.close)
             programs: dict[str, Program] = {}
-            pinned = options.maps_dir.with_name(f"{options.maps_dir.name}-bcc")
-            undo.callback(shutil.rmtree, pinned, ignore_errors=True)
+            pinned = staged.directory / "programs"
             for each in objects:
                 text = each.path.with_name(each.path.name.replace(".bpf.o", ".bcc.c"))
                 check_stamp(text, text_stamp(text))
-                shutil.rmtree(pinned, ignore_errors=True)
                 pinned.mkdir()
                 compile_and_pin(
                     text,
@@ -74,6 +72,7 @@ class BccLoader:
                 for name, definition in each.programs.items():
                     programs[name] = Program.open(pinned / name, definition)
                     failed.callback(programs[name].close)
+                shutil.rmtree(pinned)
             staged.commit()
             failed.pop_all()
         return Loaded(staged.maps, programs, self.name, staged)

@@ -199,7 +199,7 @@ def check_layout(have: Map, need: MapDefinition, path: Path) -> None:
     if have.definition._replace(name="", max_entries=0) != need._replace(name="", max_entries=0):
         raise LayoutError(
             f"pinned map {path} has {text(have.definition)}; this version needs {text(need)}. Run the "
-            "version that made it, or remove it with `ebpfproxy cleanup`: connections through Services then break"
+            "version that made it, or remove it with `ebpfproxy cleanup`: connections through Services break"
         )
 
 
