@@ -53,15 +53,15 @@
 #include "abi.h"
 
 /* sys/socket.h is user space's; the numbers are the kernel's ABI on every architecture but MIPS. */
-#define AF_UNSPEC 0
-#define AF_INET 2
-#define AF_INET6 10
+#define AF_UNSPEC   0
+#define AF_INET	    2
+#define AF_INET6    10
 #define SOCK_STREAM 1
-#define SOCK_DGRAM 2
+#define SOCK_DGRAM  2
 
 /* errno values that programs return (asm-generic/errno-base.h, errno.h). */
-#define EPERM 1
-#define EADDRINUSE 98
+#define EPERM	     1
+#define EADDRINUSE   98
 #define ECONNREFUSED 111
 
 /* An atomic `*p += n`. The old value can't be had: that takes kernel 5.12. */
@@ -70,15 +70,15 @@
 #ifdef LOADER_BCC
 
 #define SEC(name)
-#define LICENSE(text) struct license_is_bcc_default
-#define barrier() asm volatile("" ::: "memory")
+#define LICENSE(text)	 struct license_is_bcc_default
+#define barrier()	 asm volatile("" ::: "memory")
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
 /* BCC's "type:path" opens a pinned map; the agent has made and pinned it before. PIN_DIR is a -D. */
-#define BCC_HASH "hash"
-#define BCC_ARRAY "array"
-#define BCC_LRU_HASH "lru_hash"
-#define BCC_LPM_TRIE "lpm_trie"
+#define BCC_HASH	 "hash"
+#define BCC_ARRAY	 "array"
+#define BCC_LRU_HASH	 "lru_hash"
+#define BCC_LPM_TRIE	 "lpm_trie"
 #define BCC_PERCPU_ARRAY "percpu_array"
 #define MAP(name, type, key, value, max, flags) \
 	BPF_F_TABLE(BCC_##type ":" PIN_DIR "/" #name, key, value, name, max, flags)
@@ -98,11 +98,12 @@ static __u64 (*helper_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_co
 static __u64 (*helper_netns_cookie)(void *ctx) = (void *)BPF_FUNC_get_netns_cookie;
 static __s64 (*helper_csum_diff)(__be32 *from, __u32 from_size, __be32 *to, __u32 to_size,
 				 __wsum seed) = (void *)BPF_FUNC_csum_diff;
-static long (*helper_set_retval)(int retval) = (void *)187; /* BPF_FUNC_set_retval: newer than many headers */
+/* BPF_FUNC_set_retval: newer than many headers */
+static long (*helper_set_retval)(int retval) = (void *)187;
 #define bpf_get_socket_cookie helper_socket_cookie
-#define bpf_get_netns_cookie helper_netns_cookie
-#define bpf_csum_diff helper_csum_diff
-#define bpf_set_retval helper_set_retval
+#define bpf_get_netns_cookie  helper_netns_cookie
+#define bpf_csum_diff	      helper_csum_diff
+#define bpf_set_retval	      helper_set_retval
 
 /* BCC's own are functions, which initialisers of static data can't use. Little endian, as BCC's. */
 #define bpf_htons(x) ((__be16)__builtin_bswap16((__u16)(x)))
@@ -112,26 +113,26 @@ static long (*helper_set_retval)(int retval) = (void *)187; /* BPF_FUNC_set_retv
 
 #else
 
-#define LICENSE(text) char _license[] SEC("license") = text
+#define LICENSE(text) SEC("license") char _license[] = text
 
 #define MAP(name, map_type, key_type, value_type, max, flags) \
-	struct { \
-		__uint(type, BPF_MAP_TYPE_##map_type); \
-		__type(key, key_type); \
-		__type(value, value_type); \
-		__uint(max_entries, max); \
-		__uint(map_flags, flags); \
+	struct {                                              \
+		__uint(type, BPF_MAP_TYPE_##map_type);        \
+		__type(key, key_type);                        \
+		__type(value, value_type);                    \
+		__uint(max_entries, max);                     \
+		__uint(map_flags, flags);                     \
 	} name SEC(".maps")
 
-#define map_lookup(map, key) bpf_map_lookup_elem(&map, key)
+#define map_lookup(map, key)		   bpf_map_lookup_elem(&map, key)
 #define map_update(map, key, value, flags) bpf_map_update_elem(&map, key, value, flags)
-#define map_delete(map, key) bpf_map_delete_elem(&map, key)
+#define map_delete(map, key)		   bpf_map_delete_elem(&map, key)
 
 #ifndef STAMP
 #define STAMP "unstamped"
 #endif
 /* The loader writes the other fields before it loads; the verifier then drops dead branches. */
-const volatile struct config config = { .abi = ABI_VERSION, .stamp = STAMP };
+const volatile struct config config = {.abi = ABI_VERSION, .stamp = STAMP};
 
 #endif
 

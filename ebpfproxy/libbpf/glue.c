@@ -76,15 +76,16 @@ static void glue_clear_messages(void)
 
 /* ---- maps ---- */
 
-static int glue_map_create(__u32 type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
-			   __u32 flags)
+static int glue_map_create(__u32 type, const char *name, __u32 key_size, __u32 value_size,
+			   __u32 max_entries, __u32 flags)
 {
 	LIBBPF_OPTS(bpf_map_create_opts, opts, .map_flags = flags);
 
 	return bpf_map_create(type, name, key_size, value_size, max_entries, &opts);
 }
 
-static int glue_map_update_batch(int fd, const void *keys, const void *values, __u32 *count, __u64 flags)
+static int glue_map_update_batch(int fd, const void *keys, const void *values, __u32 *count,
+				 __u64 flags)
 {
 	LIBBPF_OPTS(bpf_map_batch_opts, opts, .elem_flags = flags);
 
@@ -162,8 +163,9 @@ struct glue_run {
 
 static int glue_run(int prog_fd, struct glue_run *run)
 {
-	LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = run->data_in, .data_size_in = run->data_in_size,
-		    .data_out = run->data_out, .data_size_out = run->data_out_size, .ctx_in = run->ctx_in,
+	LIBBPF_OPTS(bpf_test_run_opts, opts, .data_in = run->data_in,
+		    .data_size_in = run->data_in_size, .data_out = run->data_out,
+		    .data_size_out = run->data_out_size, .ctx_in = run->ctx_in,
 		    .ctx_size_in = run->ctx_in_size, .repeat = run->repeat);
 	int err = bpf_prog_test_run_opts(prog_fd, &opts);
 
@@ -177,8 +179,8 @@ static int glue_run(int prog_fd, struct glue_run *run)
 static int glue_load_trivial(__u32 type)
 {
 	const struct bpf_insn insns[] = {
-		{ .code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0 },
-		{ .code = BPF_JMP | BPF_EXIT },
+		{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0},
+		{.code = BPF_JMP | BPF_EXIT},
 	};
 
 	return bpf_prog_load(type, "probe", "GPL", insns, 2, NULL);
@@ -191,10 +193,11 @@ static int glue_load_trivial(__u32 type)
  */
 static int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper)
 {
-	static const char *const refusals[] = { "invalid func ", "unknown func ", "cannot use helper " };
+	static const char *const refusals[] = {"invalid func ", "unknown func ",
+					       "cannot use helper "};
 	const struct bpf_insn insns[] = {
-		{ .code = BPF_JMP | BPF_CALL, .imm = helper },
-		{ .code = BPF_JMP | BPF_EXIT },
+		{.code = BPF_JMP | BPF_CALL, .imm = helper},
+		{.code = BPF_JMP | BPF_EXIT},
 	};
 	char log[4096] = "";
 	LIBBPF_OPTS(bpf_prog_load_opts, opts, .expected_attach_type = attach_type, .log_buf = log,
@@ -209,7 +212,8 @@ static int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper)
 	for (i = 0; i < sizeof(refusals) / sizeof(refusals[0]); i++)
 		if (strstr(log, refusals[i]))
 			return 0;
-	return log[0] ? 1 : fd; /* refused for its arguments, which are none: the call itself was fine */
+	return log[0] ? 1
+		      : fd; /* refused for its arguments, which are none: the call itself was fine */
 }
 
 /* ---- BTF ---- */
@@ -262,7 +266,8 @@ static int glue_struct_size(struct bpf_object *object, const char *name)
 }
 
 /* Return the offset in bytes of a struct's n-th member and its name; -ENOENT past the last. */
-static int glue_struct_member(struct bpf_object *object, const char *name, int index, const char **member)
+static int glue_struct_member(struct bpf_object *object, const char *name, int index,
+			      const char **member)
 {
 	int id;
 	const struct btf_type *type = find_struct(object, name, &id);
@@ -283,8 +288,8 @@ static int glue_struct_member(struct bpf_object *object, const char *name, int i
  * reaches every place. A backend that is listed w times gets w turns in a round.
  * Source: Eisenbud et al., "Maglev", NSDI 2016, section 3.4.
  */
-static void maglev_fill(uint32_t *table, uint32_t size, const uint32_t *offsets, const uint32_t *skips,
-			uint32_t n)
+static void maglev_fill(uint32_t *table, uint32_t size, const uint32_t *offsets,
+			const uint32_t *skips, uint32_t n)
 {
 	uint32_t *next = malloc((size_t)n * sizeof(*next));
 	uint32_t filled = 0, i;

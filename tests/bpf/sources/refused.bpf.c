@@ -10,7 +10,8 @@ int tc_refused(struct __sk_buff *skb)
 	struct ethhdr *eth = (void *)(long)skb->data;
 	__u32 zero = 0;
 
-	return map_lookup(names, &zero) && eth->h_proto == bpf_htons(ETH_P_IP) && config.node_port_min;
+	return map_lookup(names, &zero) && eth->h_proto == bpf_htons(ETH_P_IP) &&
+	       config.node_port_min;
 }
 
 LICENSE("Dual BSD/GPL");

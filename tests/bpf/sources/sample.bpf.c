@@ -44,7 +44,7 @@ int tc_sample(struct __sk_buff *skb)
 	void *end = (void *)(long)skb->data_end;
 	struct ethhdr *eth = data;
 	struct iphdr *ip = data + sizeof(*eth);
-	struct local_source_key key = { .prefixlen = 128 };
+	struct local_source_key key = {.prefixlen = 128};
 	__be32 old, new = bpf_htonl(0x0a000001);
 	__u64 now = bpf_ktime_get_ns();
 	__u32 zero = 0, *bytes;
