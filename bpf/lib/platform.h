@@ -113,7 +113,9 @@ static long (*helper_set_retval)(int retval) = (void *)187;
 
 #else
 
-#define LICENSE(text) SEC("license") char _license[] = text
+/* clang-format off */
+#define LICENSE(text) char _license[] SEC("license") = text
+/* clang-format on */
 
 #define MAP(name, map_type, key_type, value_type, max, flags) \
 	struct {                                              \
