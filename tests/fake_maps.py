@@ -173,7 +173,7 @@ def follow(maps: Mapping[str, FakeMap], value: bytes) -> list[tuple[str, int]]:
 
 
 def expected(services: Iterable[Service]) -> dict[tuple[str, int, int, bool], frozenset[tuple[str, int]]]:
-    """Return (VIP, port, protocol, is external) -> the backends that must be reached, from the model alone."""
+    """Return (VIP, port, protocol, is external) -> the backends that must be reached, from the model."""
     result = {}
     for each in sorted(services, key=lambda s: s.name, reverse=True):
         for frontend in each.frontends:

@@ -26,6 +26,6 @@ def test_applied_makes_what_is_wanted(have: dict[int, int], want: dict[int, int]
 @given(tables, tables)
 def test_touches_only_what_differs(have: dict[int, int], want: dict[int, int]) -> None:
     delta = diff(have, want)
-    assert all(have.get(key, None) != value for key, value in delta.upsert.items())
+    assert all(have.get(key) != value for key, value in delta.upsert.items())
     assert set(delta.delete) == have.keys() - want.keys()
     assert bool(delta) == (have != want)

@@ -19,7 +19,6 @@ from fake_maps import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.dataplane.bpf.dataplane import read_tables
 from ebpfproxy.dataplane.bpf.layouts import (
     SERVICE,
     SERVICE_KEY,
@@ -34,6 +33,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     unpack_port,
 )
 from ebpfproxy.dataplane.bpf.plan import Drop, Put, Write, apply, make_plan
+from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import SLOT_GRACE_S, Tables
 from ebpfproxy.libbpf import lib
 from ebpfproxy.model.services import (

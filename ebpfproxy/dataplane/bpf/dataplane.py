@@ -15,10 +15,10 @@ from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
 from ebpfproxy.dataplane.bpf.attach import Attachments
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
-from ebpfproxy.dataplane.bpf.layouts import BACKEND, SERVICE, SLOT_SIZE, U32
-from ebpfproxy.dataplane.bpf.tables import NAMES, Table, Tables
+from ebpfproxy.dataplane.bpf.read import read_tables
+from ebpfproxy.dataplane.bpf.tables import Tables
 from ebpfproxy.errors import DataplaneError, MapFullError
-from ebpfproxy.libbpf import Map, lib
+from ebpfproxy.libbpf import lib
 from ebpfproxy.libbpf.probes import has_helper
 from ebpfproxy.loader import Loaded, LoadOptions, choose
 from ebpfproxy.model.services import DesiredState, FrontendKind, Protocol, Service
@@ -127,8 +127,8 @@ class BpfDataplane:
 
     @property
     def loader(self) -> str:
-        """Which loader is in use."""
-        return self._running().loader
+        """Which loader is in use; "" before ``start``."""
+        return self._loaded.loader if self._loaded else ""
 
     @property
     def devices(self) -> list[str]:
@@ -235,37 +235,6 @@ def _full_error(failures: Sequence[tuple[Service | None, MapFullError]]) -> MapF
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     reasons = "; ".join(sorted({str(error) for _, error in failures}))
     return MapFullError(f"{reasons}. Not programmed: {shown}; everything else is")
-
-
-def read_tables(maps: Mapping[str, Map]) -> dict[str, Table]:
-    """Return what the maps hold, as ``Tables`` wants it."""
-    have: dict[str, Table] = {name: {} for name in NAMES}
-    for name in ("services", "vips", "source_ranges", "local_sources"):
-        have[name] = dict(maps[name].items())
-    for key, value in maps["service_names"].items():
-        have["service_names"][U32.unpack(key)[0]] = value
-    have["backends"] = dict(used_elements(maps["backends"].mmap(), BACKEND.size, BACKEND.offsets["state"]))
-    slots = maps["slots"].mmap()
-    for value in have["services"].values():
-        service = SERVICE.read(value)
-        if service.slot_count:
-            start = service.slot_base * SLOT_SIZE
-            have["slots"][service.slot_base] = bytes(slots[start : start + service.slot_count * SLOT_SIZE])
-    return have
-
-
-def used_elements(memory: memoryview, size: int, mark: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (index, content) of the elements of an array whose byte number ``mark`` is not zero."""
-    per_block = 128
-    empty = bytes(size * per_block)
-    for start in range(0, len(memory), len(empty)):
-        block = bytes(memory[start : start + len(empty)])
-        if block == empty[: len(block)]:
-            continue
-        first = start // size
-        for at in range(0, len(block), size):
-            if block[at + mark]:
-                yield first + at // size, block[at : at + size]
 
 
 def unsupported(state: DesiredState) -> list[str]:

@@ -14,9 +14,7 @@ def _setting(map_name: str) -> str:
 
 def full(map_name: str, limit: int) -> MapFullError:
     """Return the error for a map, or the id range that mirrors it, with no room left."""
-    return MapFullError(
-        f"map {map_name} is full: all {limit} entries are in use; raise {_setting(map_name)}"
-    )
+    return MapFullError(f"map {map_name} is full: all {limit} entries are in use; raise {_setting(map_name)}")
 
 
 class IdAllocator:

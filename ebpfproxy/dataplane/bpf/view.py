@@ -1,0 +1,705 @@
+"""The read side: what the pinned maps say, as rows for people and programs; needs no agent.
+
+Everything is read from the live maps at the moment of the call. Only the binding is imported, so that a
+command answers at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from ebpfproxy.dataplane.bpf.layouts import (
+    AFFINITY,
+    AFFINITY_KEY,
+    BACKEND,
+    BACKEND_STATS,
+    FLOW,
+    FLOW_KEY,
+    LOCAL_SOURCE_KEY,
+    PROTOCOL_NAME,
+    PROTOCOL_NUMBER,
+    SERVICE,
+    SERVICE_KEY,
+    SERVICE_NAME,
+    SERVICE_STATS,
+    SLOT_SIZE,
+    SOCKET_FLOW,
+    SOCKET_KEY,
+    SOURCE_RANGE_KEY,
+    U32,
+    VIP,
+    BackendValue,
+    ServiceKey,
+    ServiceValue,
+    any_address,
+    pack_address,
+    pack_port,
+    unpack_address,
+    unpack_port,
+    unpack_slots,
+)
+from ebpfproxy.dataplane.bpf.read import used_backends
+from ebpfproxy.errors import DataplaneError
+from ebpfproxy.libbpf import Map, ffi, lib
+from ebpfproxy.model.services import FrontendKind, Policy, Protocol, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_KINDS = {
+    lib.VIP_CLUSTER_IP: FrontendKind.CLUSTER_IP.value,
+    lib.VIP_EXTERNAL_IP: FrontendKind.EXTERNAL_IP.value,
+    lib.VIP_LOAD_BALANCER: FrontendKind.LOAD_BALANCER.value,
+    lib.VIP_NODE: FrontendKind.NODE_PORT.value,
+}
+_SCHEDULERS = {getattr(lib, f"SCHED_{each.name}"): each.value for each in Scheduler}
+_STATES = {
+    lib.BACKEND_READY: "ready",
+    lib.BACKEND_TERMINATING: "terminating",
+    lib.BACKEND_NOT_READY: "not-ready",
+    lib.BACKEND_GONE: "gone",
+}
+_SCOPES = {lib.SCOPE_INTERNAL: "internal", lib.SCOPE_EXTERNAL: "external"}
+_FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
+_SERVICE_KINDS = lib.VIP_CLUSTER_IP | lib.VIP_EXTERNAL_IP | lib.VIP_LOAD_BALANCER
+_NS = 1_000_000_000
+
+
+class ServiceRow(msgspec.Struct, frozen=True):
+    """One port of a Service in one IP family."""
+
+    name: str
+    protocol: str
+    family: int
+    kinds: tuple[str, ...]
+    frontends: tuple[str, ...]  # ADDRESS:PORT; a NodePort's address is "*"
+    scheduler: str
+    backends_usable: int
+    backends_total: int
+    open: int  # connections open now
+    connections: int  # accepted ever
+    refused: int  # ever
+    affinity_s: int  # 0 = none
+
+
+class BackendRow(msgspec.Struct, frozen=True):
+    """One backend of a Service."""
+
+    service: str
+    protocol: str
+    backend: str  # ADDRESS:PORT
+    state: str  # ready | terminating | not-ready | gone
+    weight: int
+    is_local: bool
+    is_hinted_elsewhere: bool
+    is_usable: bool  # new connections may go there
+    open: int
+    connections: int  # ever
+    id: int
+
+
+class ConnectionRow(msgspec.Struct, frozen=True):
+    """One translated flow or socket."""
+
+    kind: str  # forwarded | socket
+    protocol: str
+    client: str  # ADDRESS:PORT, or the socket's cookie
+    vip: str
+    backend: str
+    service: str
+    state: str  # new | established | closing | closed; of a socket connected | unconnected
+    idle_s: float  # since the last packet; of a connected socket since it was connected
+
+
+class AffinityRow(msgspec.Struct, frozen=True):
+    """The backend that a client goes back to."""
+
+    service: str
+    client: str  # an address, or the cookie of a network namespace
+    backend: str
+    idle_s: float
+    expires_s: float  # seconds left
+
+
+class MapRow(msgspec.Struct, frozen=True):
+    """How full a map is."""
+
+    name: str
+    entries: int
+    limit: int
+    percent: float
+    bytes: int  # kernel memory
+
+
+class VerdictRow(msgspec.Struct, frozen=True):
+    """How often the programs decided so."""
+
+    verdict: str
+    count: int
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A backend that new connections may go to."""
+
+    backend: str
+    state: str
+    weight: int
+    share: float  # of the slots, 0 to 1
+    is_local: bool
+
+
+class Excluded(msgspec.Struct, frozen=True):
+    """A backend that new connections do not go to."""
+
+    backend: str
+    reason: str
+
+
+class Match(msgspec.Struct, frozen=True):
+    """The frontend that matches under one scope."""
+
+    scope: str  # internal | external
+    frontend: str
+    kind: str
+    service: str
+    policy: str
+    scheduler: str
+    affinity_s: int
+    result: str  # one sentence
+    candidates: tuple[Candidate, ...]
+    excluded: tuple[Excluded, ...]
+    affinity: AffinityRow | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """What happens to a new connection, and why."""
+
+    destination: str
+    source: str  # "" = not given: every scope is shown
+    answer: str  # one sentence
+    matches: tuple[Match, ...]
+
+
+class Maps:
+    """The pinned maps of an agent, each opened when it is first needed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, Map] = {}
+
+    def __getitem__(self, name: str) -> Map:
+        if name not in self._open:
+            self._open[name] = Map.open(self._directory / name)
+        return self._open[name]
+
+    def names(self) -> list[str]:
+        """Return the names of all pinned maps."""
+        return sorted(path.name for path in self._directory.iterdir())
+
+    def close(self) -> None:
+        """Close the maps."""
+        for opened in self._open.values():
+            opened.close()
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def keys(self, name: str) -> list[bytes]:
+        """Return the keys of a map."""
+        return [item[0] for item in self[name].items()]
+
+    # -- joins -----------------------------------------------------------------------------------
+
+    def service_names(self) -> dict[int, tuple[str, int, int]]:
+        """Return service id -> (name, protocol number, family)."""
+        found = {}
+        for key, value in self["service_names"].items():
+            name = SERVICE_NAME.read(value)
+            found[U32.unpack(key)[0]] = (name.text.rstrip(b"\0").decode(), name.proto, name.family)
+        return found
+
+    def frontends(self) -> list[tuple[ServiceKey, ServiceValue]]:
+        """Return the entries of map services."""
+        return [(SERVICE_KEY.read(key), SERVICE.read(value)) for key, value in self["services"].items()]
+
+    def backends(self) -> dict[int, BackendValue]:
+        """Return the backends by id."""
+        return {number: BACKEND.read(value) for number, value in used_backends(self["backends"].mmap())}
+
+    def slots(self, service: ServiceValue) -> list[int]:
+        """Return the backend ids in a service's slots."""
+        start = service.slot_base * SLOT_SIZE
+        return unpack_slots(self["slots"].mmap()[start : start + service.slot_count * SLOT_SIZE])
+
+
+def open_maps(bpffs: Path) -> Maps:
+    """Return the maps below ``bpffs``, as given to ``ebpfproxy run``.
+
+    Raises:
+        DataplaneError: there are none; nothing was ever programmed there.
+    """
+    directory = bpffs / "ebpfproxy" / "maps"
+    try:
+        is_there = any(directory.iterdir())
+    except PermissionError as error:
+        raise DataplaneError(f"read {directory}: permission denied; run it as root") from error
+    except OSError:
+        is_there = False
+    if not is_there:
+        raise DataplaneError(
+            f"nothing is programmed here: there are no maps in {directory}; "
+            "start `ebpfproxy run`, or name its BPF file system with --bpffs"
+        )
+    return Maps(directory)
+
+
+def endpoint(address: bytes, port: bytes) -> str:
+    """Return ADDRESS:PORT, an IPv6 address in brackets."""
+    return _endpoint(unpack_address(address), unpack_port(port))
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _frontend(key: ServiceKey) -> str:
+    if key.vip in (any_address(4), any_address(6)):
+        return f"*:{unpack_port(key.port)}"
+    return endpoint(key.vip, key.port)
+
+
+def _protocol(number: int) -> str:
+    return PROTOCOL_NAME[number].value if number in PROTOCOL_NAME else str(number)
+
+
+def _idle_s(stamp_ns: int) -> float:
+    return round(max(0, time.monotonic_ns() - stamp_ns) / _NS, 1)
+
+
+def _address_key(text: str) -> tuple[int, bytes]:
+    address, _, port = text.rpartition(":")
+    if address == "*":
+        return (int(port), b"")
+    return (int(port), pack_address(address.strip("[]")))
+
+
+# -- nouns ---------------------------------------------------------------------------------------
+
+
+def services(maps: Maps) -> list[ServiceRow]:
+    """Return every Service port that has a frontend, by name."""
+    names = maps.service_names()
+    frontends: dict[int, list[tuple[ServiceKey, ServiceValue]]] = defaultdict(list)
+    for key, value in maps.frontends():
+        frontends[value.id].append((key, value))
+    total: Counter[int] = Counter()
+    is_open: Counter[int] = Counter()
+    stats = maps["backend_stats"].mmap()
+    for number, backend in maps.backends().items():
+        total[backend.service] += backend.state != lib.BACKEND_GONE
+        is_open[backend.service] += max(0, _backend_stats(stats, number)[1])
+    counters = maps["service_stats"].mmap()
+    rows = []
+    for number, entries in frontends.items():
+        name, proto, family = names.get(number, (f"#{number}", entries[0][0].proto, 0))
+        ranges = {(value.slot_base, value.slot_count): value for _, value in entries}
+        usable = {backend for value in ranges.values() for backend in maps.slots(value)}
+        count = SERVICE_STATS.read(counters[number * SERVICE_STATS.size :][: SERVICE_STATS.size])
+        first = entries[0][1]
+        rows.append(
+            ServiceRow(
+                name=name,
+                protocol=_protocol(proto),
+                family=family,
+                kinds=tuple(dict.fromkeys(_KINDS[bit] for bit in sorted({v.kind for _, v in entries}))),
+                frontends=tuple(
+                    sorted(
+                        {_frontend(key) for key, _ in entries}, key=lambda t: (t[0] == "*", _address_key(t))
+                    )
+                ),
+                scheduler=_SCHEDULERS.get(first.scheduler, str(first.scheduler)),
+                backends_usable=len(usable),
+                backends_total=total[number],
+                open=is_open[number],
+                connections=count.connections,
+                refused=count.refused,
+                affinity_s=first.affinity_s,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.name, row.protocol, row.family))
+
+
+def _backend_stats(memory: memoryview, number: int) -> tuple[int, int]:
+    """Return (connections ever, open now) of a backend."""
+    stats = BACKEND_STATS.read(memory[number * BACKEND_STATS.size :][: BACKEND_STATS.size])
+    return stats.connections, stats.open
+
+
+def backends(maps: Maps) -> list[BackendRow]:
+    """Return every backend, by service, address and port."""
+    names = maps.service_names()
+    ranges = {(value.slot_base, value.slot_count): value for _, value in maps.frontends()}
+    usable = {backend for value in ranges.values() for backend in maps.slots(value)}
+    stats = maps["backend_stats"].mmap()
+    rows = []
+    found = sorted(maps.backends().items(), key=lambda item: (item[1].address, item[1].port))
+    for number, backend in found:
+        connections, is_open = _backend_stats(stats, number)
+        rows.append(
+            BackendRow(
+                service=names[backend.service][0] if backend.service in names else f"#{backend.service}",
+                protocol=_protocol(backend.proto),
+                backend=endpoint(backend.address, backend.port),
+                state=_STATES.get(backend.state, str(backend.state)),
+                weight=backend.weight,
+                is_local=bool(backend.flags & lib.BACKEND_LOCAL),
+                is_hinted_elsewhere=bool(backend.flags & lib.BACKEND_HINT_ELSEWHERE),
+                is_usable=number in usable,
+                open=max(0, is_open),
+                connections=connections,
+                id=number,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.service, row.protocol))
+
+
+def connections(maps: Maps) -> list[ConnectionRow]:
+    """Return the flows that pass through this node and the sockets on it, by service and client."""
+    names = maps.service_names()
+    rows = list(_flows(maps, names)) + list(_sockets(maps, names))
+    return sorted(rows, key=lambda row: (row.service, row.kind, row.client))
+
+
+def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[ConnectionRow]:
+    for key_bytes, value in maps["conntrack"].items():
+        key, flow = FLOW_KEY.read(key_bytes), FLOW.read(value)
+        if key.dir == lib.FLOW_FORWARD:
+            yield ConnectionRow(
+                kind="forwarded",
+                protocol=_protocol(key.proto),
+                client=endpoint(key.src, key.sport),
+                vip=endpoint(key.dst, key.dport),
+                backend=endpoint(flow.addr, flow.port),
+                service=names[flow.service][0] if flow.service in names else "",
+                state=_flow_state(flow.state),
+                idle_s=_idle_s(flow.last_seen_ns),
+            )
+
+
+def _flow_state(state: int) -> str:
+    if state & lib.FLOW_RESET or state & _FIN_BOTH == _FIN_BOTH:
+        return "closed"
+    if state & _FIN_BOTH:
+        return "closing"
+    return "established" if state & lib.FLOW_REPLIED else "new"
+
+
+def _sockets(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[ConnectionRow]:
+    for key_bytes, value in maps["sockets"].items():
+        key, flow = SOCKET_KEY.read(key_bytes), SOCKET_FLOW.read(value)
+        if key.kind != lib.SOCKET_FROM_BACKEND:
+            yield ConnectionRow(
+                kind="socket",
+                protocol=_protocol(key.proto),
+                client=f"socket {key.cookie}",
+                vip=endpoint(flow.vip, flow.vip_port),
+                backend=endpoint(flow.backend_addr, flow.backend_port),
+                service=names[flow.service][0] if flow.service in names else "",
+                state="connected" if key.kind == lib.SOCKET_CONNECTED else "unconnected",
+                idle_s=_idle_s(flow.last_used_ns),
+            )
+
+
+def affinity(maps: Maps) -> list[AffinityRow]:
+    """Return the affinity entries that have not expired, by service and client."""
+    names = maps.service_names()
+    found = maps.backends()
+    timeouts = {value.id: value.affinity_s for _, value in maps.frontends()}
+    rows = []
+    for key, value in maps["affinity"].items():
+        row = _affinity_row(key, value, names, found, timeouts)
+        if row is not None:
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row.service, row.client))
+
+
+def _affinity_row(
+    key_bytes: bytes,
+    value: bytes,
+    names: dict[int, tuple[str, int, int]],
+    found: dict[int, BackendValue],
+    timeouts: dict[int, int],
+) -> AffinityRow | None:
+    """Return an entry that still holds; None: it expired, or its backend or service is gone."""
+    key, entry = AFFINITY_KEY.read(key_bytes), AFFINITY.read(value)
+    backend = found.get(entry.backend)
+    left_s = timeouts.get(key.service, 0) - (time.monotonic_ns() - entry.last_used_ns) / _NS
+    if left_s <= 0 or backend is None or backend.service != key.service or key.service not in names:
+        return None
+    is_address = key.kind == lib.CLIENT_ADDR
+    return AffinityRow(
+        service=names[key.service][0],
+        client=unpack_address(key.client) if is_address else f"netns {_cookie(key.client)}",
+        backend=endpoint(backend.address, backend.port),
+        idle_s=_idle_s(entry.last_used_ns),
+        expires_s=round(left_s, 1),
+    )
+
+
+def _cookie(client: bytes) -> int:
+    """Return the network namespace cookie in words 2 and 3 of a client address."""
+    cookie: int = ffi.from_buffer("uint64_t[]", client[8:])[0]
+    return cookie
+
+
+def map_usage(maps: Maps) -> list[MapRow]:
+    """Return how full each map is; of the arrays, how much of them is in use."""
+    ranges = {(value.slot_base, value.slot_count) for _, value in maps.frontends()}
+    in_use = sum(1 for _ in used_backends(maps["backends"].mmap()))
+    arrays = {
+        "slots": sum(count for _, count in ranges),
+        "backends": in_use,
+        "backend_stats": in_use,
+        "service_stats": maps["service_names"].count(),
+        "verdicts": maps["verdicts"].max_entries,
+    }
+    rows = []
+    for name in maps.names():
+        opened = maps[name]
+        entries = arrays[name] if name in arrays else opened.count()
+        percent = round(100 * entries / opened.max_entries, 1)
+        rows.append(MapRow(name, entries, opened.max_entries, percent, _memory(opened)))
+    return rows
+
+
+def _memory(opened: Map) -> int:
+    """Return the kernel memory of a map in bytes."""
+    for line in Path(f"/proc/self/fdinfo/{opened.fd}").read_text().splitlines():
+        if line.startswith("memlock:"):
+            return int(line.split()[1])
+    return 0
+
+
+def verdicts(maps: Maps) -> list[VerdictRow]:
+    """Return the verdict counters, in the order of abi.h."""
+    rows = []
+    for number, name in sorted(ffi.typeof("enum verdict").elements.items()):
+        if number not in (lib.VERDICT_CONTINUE, lib.VERDICT_MAX):
+            text = name.removeprefix("VERDICT_").lower().replace("_", "-")
+            rows.append(VerdictRow(text, maps["verdicts"].get_percpu_sum(U32.pack(number))))
+    return rows
+
+
+# -- explain -------------------------------------------------------------------------------------
+
+
+def explain(maps: Maps, vip: str, port: int, protocol: Protocol, source: str | None = None) -> Explanation:
+    """Return what happens to a new connection to ``vip``:``port``.
+
+    Args:
+        maps: open maps.
+        vip: destination address.
+        port: destination port.
+        protocol: transport.
+        source: the client's address; None: both scopes are shown.
+    """
+    destination = f"{_endpoint(vip, port)}/{protocol}"
+    address = ipaddress.ip_address(vip)
+    looked_up = "127.0.0.1" if address.is_loopback and address.version == 4 else str(address)
+    key = pack_address(looked_up)
+    entry = maps["vips"].get(key)
+    kinds = VIP.read(entry).kinds if entry is not None else 0
+    if not kinds & ~lib.VIP_LOCAL:
+        answer = f"{vip} is no address of any Service here: its traffic is left alone"
+        return Explanation(destination, source or "", answer, ())
+    scopes = [lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL]
+    if source is not None:
+        scopes = [_scope_of(maps, source)]
+    matches = []
+    for scope in scopes:
+        found = _find(maps, kinds, key, pack_port(port), PROTOCOL_NUMBER[protocol], scope)
+        if found is not None:
+            matches.append(_match(maps, *found, source))
+    if matches:
+        sentences = dict.fromkeys(match.result for match in matches)
+        answer = (
+            next(iter(sentences))
+            if len(sentences) == 1
+            else "; ".join(f"{match.scope} traffic: {match.result}" for match in matches)
+        )
+    elif kinds & (lib.VIP_LOCAL | lib.VIP_NODE):
+        answer = (
+            f"no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
+        )
+    else:
+        answer = f"no Service uses {destination}: it is rejected, {vip} belongs to Services"
+    return Explanation(destination, source or "", answer, tuple(matches))
+
+
+def _scope_of(maps: Maps, source: str) -> int:
+    """Return which policy applies to a client: this node and its pods are internal."""
+    address = ipaddress.ip_address(source)
+    if address.is_loopback or maps["vips"].get(pack_address(source)) is not None:
+        return int(lib.SCOPE_INTERNAL)
+    for prefix in map(LOCAL_SOURCE_KEY.read, maps.keys("local_sources")):
+        if _contains(prefix.prefixlen, prefix.source, source):
+            return int(lib.SCOPE_INTERNAL)
+    return int(lib.SCOPE_EXTERNAL)
+
+
+def _contains(bits: int, prefix: bytes, source: str) -> bool:
+    """Return whether an address lies in a prefix of the 16-byte form."""
+    shift = 128 - bits
+    return int.from_bytes(prefix, "big") >> shift == int.from_bytes(pack_address(source), "big") >> shift
+
+
+def _find(
+    maps: Maps, kinds: int, vip: bytes, port: bytes, proto: int, scope: int
+) -> tuple[ServiceKey, ServiceValue] | None:
+    """Return the entry of map services that the programs find."""
+    keys = []
+    if kinds & _SERVICE_KINDS:
+        keys.append(ServiceKey(vip, port, proto, scope))
+    if kinds & lib.VIP_NODE:
+        is_v4 = "." in unpack_address(vip)
+        keys.append(ServiceKey(any_address(4 if is_v4 else 6), port, proto, scope))
+    for key in keys:
+        value = maps["services"].get(SERVICE_KEY.write(key))
+        if value is not None:
+            return key, SERVICE.read(value)
+    return None
+
+
+def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | None) -> Match:
+    names = maps.service_names()
+    found = maps.backends()
+    slots = Counter(maps.slots(service))
+    policy = Policy.LOCAL if service.flags & lib.SERVICE_LOCAL else Policy.CLUSTER
+    mine = sorted(
+        ((number, b) for number, b in found.items() if b.service == service.id),
+        key=lambda item: (item[1].address, item[1].port),
+    )
+    has_ready = any(found[number].state == lib.BACKEND_READY for number in slots if number in found)
+    candidates = tuple(
+        Candidate(
+            backend=endpoint(b.address, b.port),
+            state=_STATES.get(b.state, str(b.state)),
+            weight=b.weight,
+            share=round(slots[number] / slots.total(), 4),
+            is_local=bool(b.flags & lib.BACKEND_LOCAL),
+        )
+        for number, b in mine
+        if number in slots
+    )
+    excluded = tuple(
+        Excluded(endpoint(b.address, b.port), _why_not(b, policy, has_ready=has_ready))
+        for number, b in mine
+        if number not in slots
+    )
+    row = None
+    if source is not None and service.affinity_s:
+        client = AFFINITY_KEY.pack(pack_address(source), service.id, lib.CLIENT_ADDR)
+        value = maps["affinity"].get(client)
+        if value is not None:
+            row = _affinity_row(client, value, names, found, {service.id: service.affinity_s})
+    name, proto, _ = names.get(service.id, (f"#{service.id}", key.proto, 0))
+    return Match(
+        scope=_SCOPES[key.scope],
+        frontend=f"{_frontend(key)}/{_protocol(proto)}",
+        kind=_KINDS.get(service.kind, str(service.kind)),
+        service=name,
+        policy=policy.value,
+        scheduler=_SCHEDULERS.get(service.scheduler, str(service.scheduler)),
+        affinity_s=service.affinity_s,
+        result=_result(maps, service, name, candidates, row, source),
+        candidates=candidates,
+        excluded=excluded,
+        affinity=row,
+    )
+
+
+def _result(
+    maps: Maps,
+    service: ServiceValue,
+    name: str,
+    candidates: tuple[Candidate, ...],
+    row: AffinityRow | None,
+    source: str | None,
+) -> str:
+    """Return in one sentence what happens to a new connection."""
+    if service.flags & lib.SERVICE_SOURCE_RANGES:
+        ranges = list(_source_ranges(maps, service.id))
+        if source is None:
+            shown = ", ".join(
+                f"{unpack_address(p)}/{b - 96 if '.' in unpack_address(p) else b}" for b, p in ranges
+            )
+            return (
+                f"goes to a backend of {name} if the client is in {shown or 'no range at all'}, else dropped"
+            )
+        if not any(_contains(bits, prefix, source) for bits, prefix in ranges):
+            return f"dropped: {source} is in none of the loadBalancerSourceRanges of {name}"
+    if not candidates:
+        if service.flags & lib.SERVICE_DROP_EMPTY:
+            return f"dropped: {name} has no usable backend on this node, and its traffic policy is Local"
+        return f"rejected: {name} has no usable backend"
+    if row is not None:
+        return f"goes to {row.backend} of {name}: session affinity"
+    return f"goes to one of {len(candidates)} backends of {name}"
+
+
+def _source_ranges(maps: Maps, service: int) -> Iterable[tuple[int, bytes]]:
+    for found in map(SOURCE_RANGE_KEY.read, maps.keys("source_ranges")):
+        if found.service == service:
+            yield found.prefixlen - 32, found.source
+
+
+def _why_not(backend: BackendValue, policy: Policy, *, has_ready: bool) -> str:
+    """Return why a backend is in no slot."""
+    reasons: dict[Any, str] = {
+        lib.BACKEND_GONE: "removed; established connections go on",
+        lib.BACKEND_NOT_READY: "not ready",
+    }
+    if backend.state in reasons:
+        return reasons[backend.state]
+    if policy is Policy.LOCAL and not backend.flags & lib.BACKEND_LOCAL:
+        return "on another node, and the traffic policy is Local"
+    if not backend.weight:
+        return "weight 0: drained"
+    if backend.state == lib.BACKEND_TERMINATING and has_ready:
+        return "terminating while others are ready"
+    if policy is Policy.CLUSTER and backend.flags & lib.BACKEND_HINT_ELSEWHERE:
+        return "its topology hint names another zone or node"
+    return "not in the slots"
+
+
+__all__ = [
+    "AffinityRow",
+    "BackendRow",
+    "Candidate",
+    "ConnectionRow",
+    "Excluded",
+    "Explanation",
+    "MapRow",
+    "Maps",
+    "Match",
+    "ServiceRow",
+    "VerdictRow",
+    "affinity",
+    "backends",
+    "connections",
+    "explain",
+    "map_usage",
+    "open_maps",
+    "services",
+    "verdicts",
+]
