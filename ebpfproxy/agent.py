@@ -14,6 +14,7 @@ import select
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -556,10 +557,13 @@ def _run(options: Options, settings: Config) -> int:
 
     cgroup = options.cgroup or host.find_cgroup2()
     bpffs = options.bpffs or _bpffs()
-    locks = [_lock_state_dir(options.state_dir), _lock_pins(bpffs)]
-    dataplane = BpfDataplane(_bpf_options(settings, cgroup, bpffs))
-    network = HostNetwork()
-    try:
+    with ExitStack() as stack:
+        stack.callback(_lock_state_dir(options.state_dir).close)
+        stack.callback(_lock_pins(bpffs).close)
+        dataplane = BpfDataplane(_bpf_options(settings, cgroup, bpffs))
+        stack.callback(dataplane.close)
+        network = HostNetwork()
+        stack.callback(network.close)
         agent = Agent(
             settings,
             Place(str(options.manifests), options.state_dir, str(cgroup), str(bpffs)),
@@ -570,18 +574,12 @@ def _run(options: Options, settings: Config) -> int:
             lambda: _settings(options),
         )
         _handle_signals(agent)
-        # The source reads meanwhile, in its own thread.
         try:
-            dataplane.start()
+            dataplane.start()  # meanwhile the source reads in its own thread
         except BaseException:
             agent.close()
             raise
         return agent.run(once=options.once)
-    finally:
-        dataplane.close()
-        network.close()
-        for lock in locks:
-            lock.close()
 
 
 def _handle_signals(agent: Agent) -> None:
@@ -620,7 +618,7 @@ def _bpffs() -> Path:
 def _lock_state_dir(path: Path) -> files.Lock:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        return files.Lock(path / LOCK_FILE, "the state directory of")
+        return files.Lock(path / LOCK_FILE, "state directory")
     except OSError as error:
         raise EbpfproxyError(f"use state directory {path}: {error.strerror}") from error
 
@@ -629,6 +627,6 @@ def _lock_pins(bpffs: Path) -> files.Lock:
     try:
         pins = bpffs / PINS
         pins.mkdir(mode=0o700, exist_ok=True)
-        return files.Lock(pins, "the pinned maps in")
+        return files.Lock(pins, "directory of pinned maps")
     except OSError as error:
         raise EbpfproxyError(f"use the bpf file system at {bpffs}: {error.strerror}") from error

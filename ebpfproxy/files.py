@@ -62,7 +62,7 @@ class Lock:
             os.close(self._fd)
             by = f" (process {holder})" if holder.isdecimal() else ""
             raise LockedError(
-                f"another agent{by} already uses {what} {path}: stop it, or give this one its own"
+                f"{what} {path} is in use by another agent{by}: stop it, or give this one its own"
             ) from None
         if not path.is_dir():
             os.ftruncate(self._fd, 0)

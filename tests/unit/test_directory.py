@@ -1,4 +1,4 @@
-"""The directory source: real files, real inotify. Waits are generous; nothing asserts how long a thing took."""
+"""The directory source: real files, real inotify. Waits are generous, and no time is asserted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +17,9 @@ from ebpfproxy.model.objects import Object, ObjectKey, Service
 from ebpfproxy.source import Reported, SourceEvent, directory, manifests
 from ebpfproxy.source.directory import DirectorySource
 from ebpfproxy.store import Delete, Set, Store, Synced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 TIMEOUT_S = 20.0
 
@@ -48,7 +50,7 @@ class Watch:
         self._queue: queue.Queue[tuple[SourceEvent, ...]] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.until(lambda: self.store.ready())
+        self.until(self.store.ready)
 
     def _run(self) -> None:
         for batch in self.source.batches():
@@ -127,7 +129,7 @@ def _settle_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="watch directory .*/none: No such file or directory"):
+    with pytest.raises(SourceError, match=r"watch directory .*/none: No such file or directory"):
         DirectorySource(tmp_path / "none")
 
 
