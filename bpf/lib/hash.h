@@ -8,17 +8,7 @@
 #ifndef EBPFPROXY_HASH_H
 #define EBPFPROXY_HASH_H
 
-#include "platform.h"
-
-/* The number that four bytes of memory make, the first one lowest. */
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#define hash_word(w) __builtin_bswap32(w)
-#define hash_ports(first, second) \
-	(__builtin_bswap16(first) | (__u32)__builtin_bswap16(second) << 16)
-#else
-#define hash_word(w)		  (w)
-#define hash_ports(first, second) ((first) | (__u32)(second) << 16)
-#endif
+#include "byteorder.h"
 
 static __always_inline __u32 hash_mix(__u32 hash, __u32 word)
 {
@@ -38,10 +28,10 @@ static __always_inline __u32 hash_finish(__u32 hash, __u32 size)
 
 static __always_inline __u32 hash_mix_addr(__u32 hash, const struct addr *addr)
 {
-	hash = hash_mix(hash, hash_word(addr->w[0]));
-	hash = hash_mix(hash, hash_word(addr->w[1]));
-	hash = hash_mix(hash, hash_word(addr->w[2]));
-	return hash_mix(hash, hash_word(addr->w[3]));
+	hash = hash_mix(hash, le32(addr->w[0]));
+	hash = hash_mix(hash, le32(addr->w[1]));
+	hash = hash_mix(hash, le32(addr->w[2]));
+	return hash_mix(hash, le32(addr->w[3]));
 }
 
 /* Hash of the 16 bytes of an address. */
@@ -55,7 +45,7 @@ static __always_inline __u32 hash_flow(const struct flow_key *flow)
 {
 	__u32 hash = hash_mix_addr(hash_mix_addr(0, &flow->src), &flow->dst);
 
-	hash = hash_mix(hash, hash_ports(flow->sport, flow->dport));
+	hash = hash_mix(hash, le16(flow->sport) | (__u32)le16(flow->dport) << 16);
 	hash = hash_mix(hash, flow->proto);
 	return hash_finish(hash, sizeof(*flow));
 }

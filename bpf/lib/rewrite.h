@@ -9,6 +9,7 @@
 #ifndef EBPFPROXY_REWRITE_H
 #define EBPFPROXY_REWRITE_H
 
+#include "byteorder.h"
 #include "crc32c.h"
 #include "parse.h"
 
@@ -68,24 +69,17 @@ static __always_inline long rewrite_sctp_checksum(struct __sk_buff *skb,
 						  __be16 old, __be16 new)
 {
 	__u32 at = packet->l4 + offsetof(struct sctp_header, checksum);
-	__u8 ports[4] = {}, *bytes;
-	__u32 delta;
+	__u32 change = le16(old ^ new);
 	__le32 checksum;
-	__be16 change = old ^ new;
 	long err = bpf_skb_load_bytes(skb, at, &checksum, sizeof(checksum));
 
 	/* 0: not computed yet, the device will (CHECKSUM_PARTIAL). */
 	if (err || !checksum)
 		return err;
-	bytes = (__u8 *)&change;
-	ports[is_source ? 0 : 2] = bytes[0];
-	ports[is_source ? 1 : 3] = bytes[1];
-	delta = crc32c_delta(ports[0] | ports[1] << 8 | ports[2] << 16 | (__u32)ports[3] << 24,
-			     packet->l4_size);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-	delta = __builtin_bswap32(delta);
-#endif
-	checksum ^= delta;
+	/* The source port is the first two bytes, the destination port the next. */
+	if (!is_source)
+		change <<= 16;
+	checksum ^= le32(crc32c_delta(change, packet->l4_size));
 	return bpf_skb_store_bytes(skb, at, &checksum, sizeof(checksum), 0);
 }
 

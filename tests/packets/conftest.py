@@ -1,0 +1,81 @@
+"""The programs, loaded once by each loader, and a node with empty maps for each test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from packets.node import NODE_PORTS, SECOND_NS, UDP_IDLE_S, V4, V6, Family, Node
+from rig import kernel
+
+from ebpfproxy.libbpf import lib
+from ebpfproxy.loader import Loaded, LoadOptions, choose
+from ebpfproxy.loader.bcc import headers_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Small: arrays are cleared and read whole.
+SIZES = {
+    "slots": 65536,
+    "backends": 4096,
+    "backend_stats": 4096,
+    "service_stats": 1024,
+    "conntrack": 8192,
+    "affinity": 8192,
+    "sockets": 8192,
+}
+
+
+@pytest.fixture(scope="session")
+def netns_cookie() -> int:
+    """The cookie of the network namespace that this test runs in (SO_NETNS_COOKIE, Linux 5.14)."""
+    import socket
+
+    with socket.socket() as any_socket:
+        return int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, 71, 8), "little")
+
+
+@pytest.fixture(scope="session", params=["libbpf", "bcc"])
+def programs(
+    request: pytest.FixtureRequest, nothing_left: None, netns_cookie: int
+) -> Iterator[Loaded]:
+    """The programs in the kernel."""
+    with pytest.MonkeyPatch.context() as patch, kernel.new_bpffs() as bpffs:
+        if request.param == "bcc" and headers_problem(os.environ):
+            made = subprocess.run([ROOT / "scripts/bcc-headers"], check=True, stdout=subprocess.PIPE, text=True)
+            patch.setenv("BCC_KERNEL_SOURCE", made.stdout.strip())
+        loaded = choose(request.param).load(
+            LoadOptions(
+                maps_dir=bpffs / "maps",
+                config={
+                    "node_port_min": NODE_PORTS[0],
+                    "node_port_max": NODE_PORTS[1],
+                    "host_netns": netns_cookie,
+                    "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
+                    "features": lib.FEATURE_SET_RETVAL,
+                },
+                sizes=SIZES,
+            )
+        )
+        try:
+            yield loaded
+        finally:
+            loaded.close()
+
+
+@pytest.fixture
+def node(programs: Loaded) -> Node:
+    """A node without Services."""
+    return Node(programs)
+
+
+@pytest.fixture(params=[V4, V6], ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Both IP versions."""
+    return request.param  # type: ignore[no-any-return]
