@@ -285,7 +285,8 @@ class Tables:
     def want_all(self, name: str, entries: Table) -> None:
         """Want all of ``entries`` in map ``name``."""
         self.wanted[name].update(entries)
-        self._new[name].update(entries.keys() - self.have[name].keys())
+        have = self.have[name]
+        self._new[name].update([key for key in entries if key not in have])
         self._touched[name].update(entries)
 
     def _vip_value(self, key: bytes, claims: dict[bytes, int]) -> bytes | None:
