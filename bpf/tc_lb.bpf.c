@@ -128,6 +128,10 @@ static __always_inline enum verdict restore(struct __sk_buff *skb)
 	flow = map_lookup(conntrack, &packet.flow);
 	if (!flow)
 		return VERDICT_NOT_OURS;
+	if (is_bypass(&packet, flow)) {
+		remove_flow(&packet.flow, flow);
+		return VERDICT_NOT_OURS;
+	}
 	vip = flow->addr;
 	port = flow->port;
 	note_packet(&packet, flow, bpf_ktime_get_ns());

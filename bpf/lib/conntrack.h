@@ -136,4 +136,24 @@ static __always_inline void end_flow(struct flow *flow)
 	close_backend(flow->backend);
 }
 
+/* Whether a backend's answer belongs to another connection than the entry: it accepts, and the flow through the
+ * VIP is at its end. The client went past the VIP, with a port that once went through it.
+ */
+static __always_inline bool is_bypass(const struct packet *packet, const struct flow *flow)
+{
+	return packet->events & EVENT_ACCEPT && flow->state & (FLOW_FIN_BOTH | FLOW_RESET);
+}
+
+/* Removes a flow of which one entry was found. */
+static __always_inline void remove_flow(const struct flow_key *key, struct flow *flow)
+{
+	struct flow_key twin_key;
+	struct flow twin;
+
+	make_twin(key, flow, &twin_key, &twin);
+	end_flow(flow);
+	map_delete(conntrack, &twin_key);
+	map_delete(conntrack, key);
+}
+
 #endif /* EBPFPROXY_CONNTRACK_H */

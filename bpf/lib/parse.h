@@ -65,6 +65,7 @@ struct sctp_header {
 
 enum sctp_chunk {
 	SCTP_INIT = 1,
+	SCTP_INIT_ACK = 2,
 	SCTP_ABORT = 6,
 	SCTP_SHUTDOWN = 7,
 	SCTP_SHUTDOWN_COMPLETE = 14,
@@ -75,6 +76,7 @@ enum packet_event {
 	EVENT_OPEN = 1, /* SYN without ACK; INIT */
 	EVENT_FIN = 2, /* FIN; SHUTDOWN */
 	EVENT_RESET = 4, /* RST; ABORT, SHUTDOWN COMPLETE */
+	EVENT_ACCEPT = 8, /* SYN with ACK; INIT ACK */
 };
 
 struct packet {
@@ -263,8 +265,8 @@ static __always_inline enum verdict parse_tcp(struct __sk_buff *skb, struct pack
 		packet->events = EVENT_RESET;
 	else if (tcp->fin)
 		packet->events = EVENT_FIN;
-	else if (tcp->syn && !tcp->ack)
-		packet->events = EVENT_OPEN;
+	else if (tcp->syn)
+		packet->events = tcp->ack ? EVENT_ACCEPT : EVENT_OPEN;
 	return VERDICT_CONTINUE;
 }
 
@@ -292,6 +294,9 @@ static __always_inline enum verdict parse_sctp(struct __sk_buff *skb, struct pac
 	switch (*(__u8 *)(sctp + 1)) {
 	case SCTP_INIT:
 		packet->events = EVENT_OPEN;
+		break;
+	case SCTP_INIT_ACK:
+		packet->events = EVENT_ACCEPT;
 		break;
 	case SCTP_SHUTDOWN:
 		packet->events = EVENT_FIN;
