@@ -10,6 +10,8 @@ from ebpfproxy.libbpf.programs import TCX_INGRESS
 
 # No device has this number: a kernel that knows tcx links answers ENODEV, others EINVAL.
 NO_DEVICE = 0x7FFFFFFF
+# bpf_get_prandom_u32: every type of program may call it.
+HARMLESS_HELPER = 7
 # Some programs can't be loaded, even to be asked, without saying where they will be attached.
 ATTACH_TYPES = {
     lib.BPF_PROG_TYPE_CGROUP_SOCK_ADDR: lib.BPF_CGROUP_INET4_CONNECT,
@@ -41,6 +43,28 @@ def has_helper(program_type: int, helper: int) -> bool:
     """
     attach_type = ATTACH_TYPES.get(program_type, 0)
     return bool(lib.glue_probe_helper(program_type, attach_type, helper) == 1)
+
+
+def has_attach_type(program_type: int, attach_type: int) -> bool:
+    """Return whether programs of a type can be loaded for this hook (False without privileges).
+
+    Args:
+        program_type: lib.BPF_PROG_TYPE_*.
+        attach_type: lib.BPF_CGROUP_*.
+    """
+    return bool(lib.glue_probe_helper(program_type, attach_type, HARMLESS_HELPER) == 1)
+
+
+def has_batch_operations() -> bool:
+    """Return whether many entries of a hash map can be written in one call (Linux 5.6)."""
+    table = lib.glue_map_create(lib.BPF_MAP_TYPE_HASH, b"probe", 4, 4, 1, 0)
+    if table < 0:
+        return False
+    try:
+        count = ffi.new("__u32 *", 1)
+        return bool(lib.glue_map_update_batch(table, bytes(4), bytes(4), count, 0) == 0)
+    finally:
+        os.close(table)
 
 
 def has_tcx() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
+import struct
 from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink
@@ -17,19 +19,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Programs of the cgroup, with the kernel that has their hook and what is lost without it.
+#: Programs of the cgroup: what is lost without them, and the kernel that brought their hook.
 CGROUP_PROGRAMS = {
-    "sock_connect4": "connect() to IPv4 VIPs (Linux 4.17)",
-    "sock_connect6": "connect() to IPv6 VIPs (Linux 4.17)",
-    "sock_sendmsg4": "unconnected UDP to IPv4 VIPs (Linux 4.18)",
-    "sock_sendmsg6": "unconnected UDP to IPv6 VIPs (Linux 4.18)",
-    "sock_recvmsg4": "the VIP as source of unconnected UDP replies, IPv4 (Linux 5.2)",
-    "sock_recvmsg6": "the VIP as source of unconnected UDP replies, IPv6 (Linux 5.2)",
-    "sock_peername4": "the VIP in getpeername(), IPv4 (Linux 5.8)",
-    "sock_peername6": "the VIP in getpeername(), IPv6 (Linux 5.8)",
-    "sock_postbind4": "keeping IPv4 NodePorts from being bound (Linux 4.17)",
-    "sock_postbind6": "keeping IPv6 NodePorts from being bound (Linux 4.17)",
-    "sock_release": "immediate clean-up after closed sockets (Linux 5.9)",
+    "sock_connect4": ("connect() to IPv4 VIPs", "4.17"),
+    "sock_connect6": ("connect() to IPv6 VIPs", "4.17"),
+    "sock_sendmsg4": ("unconnected UDP to IPv4 VIPs", "4.18"),
+    "sock_sendmsg6": ("unconnected UDP to IPv6 VIPs", "4.18"),
+    "sock_recvmsg4": ("the VIP as source of unconnected UDP replies, IPv4", "5.2"),
+    "sock_recvmsg6": ("the VIP as source of unconnected UDP replies, IPv6", "5.2"),
+    "sock_peername4": ("the VIP in getpeername(), IPv4", "5.8"),
+    "sock_peername6": ("the VIP in getpeername(), IPv6", "5.8"),
+    "sock_postbind4": ("keeping IPv4 NodePorts from being bound", "4.17"),
+    "sock_postbind6": ("keeping IPv6 NodePorts from being bound", "4.17"),
+    "sock_release": ("immediate clean-up after closed sockets", "5.9"),
 }
 #: Without these there is no load balancing for local sockets at all.
 REQUIRED = ("sock_connect4", "sock_connect6")
@@ -38,8 +40,19 @@ DEVICE_PROGRAMS = {
     "tc_ingress": (TCX_INGRESS, netlink.INGRESS),
     "tc_egress": (TCX_EGRESS, netlink.EGRESS),
 }
+# asm-generic/socket.h; Python has no name for it. Linux 5.14.
+SO_NETNS_COOKIE = 71
 #: Our filters' names start so: cleanup knows them by it.
 FILTER_PREFIX = "ebpfproxy_"
+
+
+def netns_cookie() -> int:
+    """Return the kernel's number of this network namespace; 0 before Linux 5.14."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
+        except OSError:
+            return 0
 
 
 def pin_name(program: str, device: str) -> str:
@@ -95,7 +108,7 @@ class Attachments:
         """
         self._links.mkdir(parents=True, exist_ok=True)
         missing = []
-        for name, purpose in CGROUP_PROGRAMS.items():
+        for name, (purpose, since) in CGROUP_PROGRAMS.items():
             program = self._programs.get(name)
             try:
                 if program is None:
@@ -104,7 +117,7 @@ class Attachments:
             except (KernelError, UnsupportedError) as error:
                 if name in REQUIRED:
                     raise
-                missing.append(f"not available here: {purpose}: {error}")
+                missing.append(f"not available here: {purpose} (since Linux {since}): {error}")
         return missing
 
     def attach_devices(self) -> list[str]:

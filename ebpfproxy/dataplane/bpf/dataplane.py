@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import socket
-import struct
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
-from ebpfproxy.dataplane.bpf.attach import Attachments
+from ebpfproxy.dataplane.bpf.attach import Attachments, netns_cookie
+from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import Tables
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# asm-generic/socket.h; Python has no name for it. Linux 5.14.
-SO_NETNS_COOKIE = 71
-# enum bpf_func_id; Linux 5.18.
-BPF_FUNC_SET_RETVAL = 187
 #: All devices are checked so often even when no change was announced.
 RECHECK_S = 30.0
 
@@ -51,15 +46,6 @@ class BpfOptions:
     node_ports: tuple[int, int] = (30000, 32767)  # both inclusive
     timeouts: Timeouts = field(default_factory=Timeouts)
     use_tcx: bool | None = None  # None: tcx links where the kernel has them, else clsact filters
-
-
-def netns_cookie() -> int:
-    """Return the kernel's number of this network namespace; 0 before Linux 5.14."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
-        except OSError:
-            return 0
 
 
 class BpfDataplane:

@@ -93,7 +93,8 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     service: str
     protocol: str
-    backend: str  # ADDRESS:PORT
+    address: str
+    port: int
     state: str  # ready | terminating | not-ready | gone
     weight: int
     is_local: bool
@@ -359,7 +360,8 @@ def backends(maps: Maps) -> list[BackendRow]:
             BackendRow(
                 service=names[backend.service][0] if backend.service in names else f"#{backend.service}",
                 protocol=_protocol(backend.proto),
-                backend=endpoint(backend.address, backend.port),
+                address=unpack_address(backend.address),
+                port=unpack_port(backend.port),
                 state=_STATES.get(backend.state, str(backend.state)),
                 weight=backend.weight,
                 is_local=bool(backend.flags & lib.BACKEND_LOCAL),
