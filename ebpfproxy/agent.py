@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -48,7 +48,7 @@ LOCK_FILE = "lock"
 PINS = "ebpfproxy"  # our directory in the BPF file system
 
 # Exit codes of ``run``.
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_PROBLEMS = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 _TICK_S = 1.0
 _NETWORK_S = 0.05  # how long changes of devices and addresses are gathered
@@ -229,7 +229,7 @@ class Agent:
                 if once and (self._runner.failures or self._feed.failures):
                     return EXIT_FAILED
                 if once and self._state is not None:
-                    return EXIT_PROBLEMS if self._problems.has("source", "allocation", "resolve") else EXIT_OK
+                    return EXIT_FAILED if self._problems.has("source", "allocation", "resolve") else EXIT_OK
                 if not self._must_stop:
                     poller.poll(max(0.0, self._due() - time.monotonic()) * 1000 + 1)
                 self._alarm.silence()
@@ -529,8 +529,8 @@ def _read_ledger(path: Path) -> dict[str, Any]:
 def run(options: Options) -> int:
     """Run the agent until a signal ends it; return the exit code.
 
-    0: ended on request, or ``once`` and all is well; 1: failed; 2: wrong configuration or flags;
-    3: ``once``, and some objects were refused.
+    0: ended on request, or ``once`` and all is well; 1: failed, or ``once`` and some objects were refused
+    (all others are programmed); 2: wrong configuration or flags.
     """
     log.setup(options.log_format or "text")
     try:
@@ -574,12 +574,21 @@ def _run(options: Options, settings: Config) -> int:
             lambda: _settings(options),
         )
         _handle_signals(agent)
+        # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.
+        warm_up = threading.Thread(target=_read_once, args=(network,), daemon=True)
+        warm_up.start()
+        stack.callback(warm_up.join)
         try:
-            dataplane.start()  # meanwhile the source reads in its own thread
+            dataplane.start()  # meanwhile the source reads in its own thread, too
         except BaseException:
             agent.close()
             raise
         return agent.run(once=options.once)
+
+
+def _read_once(network: Network) -> None:
+    with suppress(EbpfproxyError):  # whoever needs the addresses reads them again
+        network.addresses()
 
 
 def _handle_signals(agent: Agent) -> None:

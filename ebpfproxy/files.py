@@ -44,6 +44,22 @@ class LockedError(EbpfproxyError):
     """Another process holds the lock."""
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of ``path``; changes nothing."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two who ask at once don't take each other for an agent.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 class Lock:
     """Holds the advisory lock of a file or directory; the kernel lets go of it when the process ends."""
 

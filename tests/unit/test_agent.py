@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeSource, service, until
 
 from ebpfproxy import agent, config, files, host, log, status
 from ebpfproxy.agent import Agent, Options, Place, local_sources
@@ -26,6 +25,7 @@ from ebpfproxy.runner import Limits
 from ebpfproxy.source import Reported, feed
 from ebpfproxy.store import Delete, Set, Synced
 from ebpfproxy.systemd import Notifier
+from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeSource, service, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ class Running:
         until(lambda: any(part in text for text in self.status().problems))
 
     def has_no_problem(self) -> None:
-        until(lambda: self.status().problems == ())
+        until(lambda: not self.status().problems)
 
     def status(self) -> status.Status:
         """Return the status file, once there is one."""
@@ -514,7 +514,7 @@ def test_a_wrong_configuration_at_a_reload_changes_nothing(running: Callable[...
     [
         ([Set(service("a", 1), "a.yaml")], [], 0),
         ([Set(service("a", 1), "a.yaml")], [DataplaneError("no")], 1),
-        ([Set(service("a", 1), "a.yaml"), Reported(("b.yaml: is broken",))], [], 3),
+        ([Set(service("a", 1), "a.yaml"), Reported(("b.yaml: is broken",))], [], 1),
     ],
 )
 def test_once_ends_with_the_result(
@@ -687,6 +687,15 @@ def test_a_whole_file_system_that_nothing_hides_is_found(
     )
     monkeypatch.setattr(host, "_MOUNTINFO", table)
     assert host.find_bpffs() == tmp_path / "whole"
+
+
+def test_a_lock_can_be_asked_about(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not files.is_locked(path)
+    lock = files.Lock(path, "file")
+    assert files.is_locked(path)
+    lock.close()
+    assert not files.is_locked(path)
 
 
 def test_a_written_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
