@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig.agent import Agent
 from rig.probe import Probe
 from rig.servers import name_servers
@@ -35,7 +36,7 @@ class World:
     """A running agent with the catalogue's Services, and a client in every kind of place.
 
     Attributes:
-        net: the topology; the fourth pod is the client.
+        net: the topology; the fourth pod is a client by packets, the fifth by sockets.
         agent: the agent.
         probes: clients by origin: on the node, in a pod (through tc, as its process is in no cgroup of
             ours), in a pod and in the cgroup, outside.
@@ -53,17 +54,21 @@ class World:
 def world(nothing_left: None) -> Iterator[World]:
     """Everything that tests of one module can share: they change nothing."""
     with ExitStack() as stack:
-        net = stack.enter_context(Topology(pod_count=4))
+        net = stack.enter_context(Topology(pod_count=5))
         stack.enter_context(name_servers([*serving(net), ("node", net.on_node_bare)], 8080, 8081))
-        for address in ("192.0.2.101/24", "2001:db8::101/64"):  # the outside client's second address
-            net.outside.shell(f"ip addr add {address} dev eth0 {'nodad' if ':' in address else ''}")
+        net.outside.shell(  # second addresses, used only where a test binds to them
+            """
+            ip addr add 192.0.2.101/24 dev eth0
+            ip addr add 2001:db8::101/64 dev eth0 nodad preferred_lft 0
+            """
+        )
         agent = Agent(net, config=catalogue.CONFIG)
         agent.write(*catalogue.objects(net.pods[:3]))
         stack.enter_context(agent)
         places = {
             "node": net.on_node,
             "pod": net.pods[3].place,
-            "pod-in-cgroup": net.in_cgroup(net.pods[3]),
+            "pod-in-cgroup": net.in_cgroup(net.pods[4]),
             "outside": net.from_outside,
         }
         yield World(net, agent, {name: stack.enter_context(Probe(place)) for name, place in places.items()})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
 from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS
 
 from . import catalogue as known
@@ -23,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 ALL = frozenset({"pod1", "pod2", "pod3"})
 LOCAL = frozenset({"pod1", "pod2"})
+RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends RST, socket(7)
 
 
 class Row(NamedTuple):
@@ -50,7 +53,7 @@ ANSWERED = [
     Row("internal policy Local", EVERYWHERE[:3], known.LOCAL_INTERNAL, 80, LOCAL),
     Row("only a terminating endpoint", EVERYWHERE, known.TERMINATING, 80, frozenset({"pod1"})),
     Row("named target port, other in each pod", EVERYWHERE, known.NAMED, 80, LOCAL, ("tcp",)),
-    Row("no VIP: the node itself", EVERYWHERE, NODE_IPS, 8080, frozenset({"node"})),
+    Row("no VIP: the node itself", EVERYWHERE, NODE_IPS, 8080, frozenset({"node"}), ("tcp",)),
 ]
 
 
@@ -209,6 +212,21 @@ def test_connection_stays_with_its_backend(world: World, family: int) -> None:
         with world.probes[origin].socket(socket.SOCK_STREAM, FAMILIES[family]) as client:
             client.connect(known.WEB[family], 80)
             assert len({client.ask() for _ in range(10)}) == 1
+
+
+@pytest.mark.parametrize("origin", BY_PACKET)
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_closed_connection_does_not_disturb_a_direct_one(world: World, origin: str, family: int) -> None:
+    """The same client port goes to the same backend, first through the VIP, then past it."""
+    pod = world.backends[0]
+    source = ("::" if family else "0.0.0.0", 44000)
+    options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]
+    for address, port in [(known.TERMINATING[family], 80), (pod.ips[family], 8080)] * 2:
+        with world.probes[origin].socket(
+            socket.SOCK_STREAM, FAMILIES[family], bind=source, options=[*options, RESET]
+        ) as client:
+            client.connect(address, port)
+            assert client.ask() == "pod1"
 
 
 # --- NodePorts can't be stolen

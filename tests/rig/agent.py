@@ -118,7 +118,9 @@ class Agent:
 
         def told() -> bool:
             assert self._notify
-            assert self.process.poll() is None, f"the agent ended:\n{self.output()}"
+            if self.process.poll() is not None:
+                msg = f"the agent ended:\n{self.output()}"
+                raise RuntimeError(msg)
             try:
                 return line in self._notify.recv(4096).decode().split("\n")
             except TimeoutError:
@@ -181,8 +183,9 @@ class Agent:
         return json.loads(self.cli(noun, *arguments, "--bpffs", self.net.bpffs, "-o", "json").stdout)
 
     def status(self) -> Any:
-        """Return what ``ebpfproxy status`` says."""
-        return self.rows("status", "--state-dir", str(self.state_dir))
+        """Return what ``ebpfproxy status`` says; its exit status 3 means that no agent runs."""
+        options = ["--state-dir", self.state_dir, "--bpffs", self.net.bpffs, "-o", "json"]
+        return json.loads(self.cli("status", *options, check=False).stdout)
 
     def wait_backends(self, service: str, addresses: set[str]) -> None:
         """Wait until the kernel's maps give a Service exactly these backends for new connections.
@@ -197,7 +200,7 @@ class Agent:
             usable = {
                 row["address"]
                 for row in self.rows("backends")
-                if row["service"] == service and (":" in row["address"]) == is_v6 and row["state"] == "ready"
+                if row["service"] == service and (":" in row["address"]) == is_v6 and row["is_usable"]
             }
             return usable == addresses
 
