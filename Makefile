@@ -26,7 +26,7 @@ build: $(RUN_READY) $(FFI_READY) objects ## a ready .venv/bin/ebpfproxy, with BP
 	@:
 
 demo: build apt-demo ## Services on real traffic: namespaces, HTTP servers, the agent, a table of who answered
-	@$(BIN)/python scripts/demo.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python scripts/demo.py $(ARGS)
 
 completion: build ## install shell completion for bash and zsh system-wide
 	@install -d /usr/share/bash-completion/completions /usr/share/zsh/site-functions

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from ebpfproxy.errors import EbpfproxyError
+
 
 class ExitCode(enum.IntEnum):
     """How a command ended."""
@@ -11,5 +13,9 @@ class ExitCode(enum.IntEnum):
     OK = 0
     FAILED = 1  # the operation failed, or a check found something wrong
     USAGE = 2  # argparse's own
-    NOTHING = 3  # nothing is programmed, no agent runs, or nothing matches
+    NOTHING = 3  # nothing is programmed, no agent runs, or nothing matches; run --once: objects refused
     INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class NothingError(EbpfproxyError):
+    """What a command reads is not there."""

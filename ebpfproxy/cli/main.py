@@ -7,15 +7,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from ebpfproxy.cli import parser
-from ebpfproxy.cli.exit_codes import ExitCode
+from ebpfproxy.cli.exit_codes import ExitCode, NothingError
 from ebpfproxy.errors import EbpfproxyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class NothingError(EbpfproxyError):
-    """What a command reads is not there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

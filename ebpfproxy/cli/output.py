@@ -66,6 +66,11 @@ def _cell(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
+def endpoint(address: str, port: int) -> str:
+    """Return ADDRESS:PORT, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def seconds(value: float) -> str:
     """Return a duration as people read it: 45s, 3m20s, 2h05m, 3d04h."""
     whole = int(value)
@@ -76,3 +81,15 @@ def seconds(value: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def size(value: int) -> str:
+    """Return a number of bytes as people read it: 512B, 4.0KiB, 12.5MiB."""
+    if value < 1024:
+        return f"{value}B"
+    number = float(value)
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= 1024
+        if number < 1024:
+            return f"{number:.1f}{unit}"
+    return f"{number / 1024:.1f}TiB"

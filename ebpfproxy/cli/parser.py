@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
-    from ebpfproxy.cli.exit_codes import ExitCode
-
-    Command: TypeAlias = Callable[[argparse.Namespace], ExitCode]
+    Command: TypeAlias = Callable[[argparse.Namespace], int]
 
 # What shtab calls FILE and DIRECTORY: functions of the shells that complete paths.
 _FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
@@ -31,7 +29,8 @@ exit status:
   0    done; what was asked for is there
   1    the operation failed, or the check or validation found something wrong
   2    wrong usage
-  3    nothing there: nothing is programmed, no agent runs, or nothing matches what was named
+  3    not there: nothing is programmed, no agent runs, nothing matches what was named;
+       of `run --once`: some objects were refused, all others are programmed
   130  interrupted (Ctrl-C)
 """
 
@@ -108,21 +107,19 @@ def names(text: str) -> tuple[str, ...]:
     return parts
 
 
-def _path(
-    parser: argparse.ArgumentParser, *flags: str, kind: dict[str, str], **options: object
-) -> None:
+def _path(parser: argparse.ArgumentParser, *flags: str, kind: dict[str, str], **options: object) -> None:
     """Add an argument that is a path; shells complete it."""
     action = parser.add_argument(*flags, type=Path, **options)  # type: ignore[arg-type]
     action.complete = kind  # type: ignore[attr-defined]  # read by shtab
 
 
-def _lazily(module: str) -> Command:
+def _lazily(module: str, function: str = "run") -> Command:
     """Return a command that imports its module when it runs."""
 
-    def run(arguments: argparse.Namespace) -> ExitCode:
+    def run(arguments: argparse.Namespace) -> int:
         from importlib import import_module
 
-        result: ExitCode = import_module(f"ebpfproxy.cli.{module}").run(arguments)
+        result: int = getattr(import_module(f"ebpfproxy.cli.{module}"), function)(arguments)
         return result
 
     return run
@@ -136,15 +133,17 @@ class _Commands:
             title="commands", metavar="COMMAND", dest="command", required=True
         )
 
-    def add(self, name: str, module: str, help_text: str, description: str = "") -> argparse.ArgumentParser:
-        command = self._commands.add_parser(
+    def add(
+        self, name: str, command: Command, help_text: str, description: str = ""
+    ) -> argparse.ArgumentParser:
+        parser = self._commands.add_parser(
             name,
             help=help_text,
             description=description or help_text[0].upper() + help_text[1:] + ".",
             allow_abbrev=False,
         )
-        command.set_defaults(run=_lazily(module))
-        return command
+        parser.set_defaults(run=command)
+        return parser
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +177,9 @@ def _state_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _filters(parser: argparse.ArgumentParser, *, protocol: bool = True) -> None:
-    parser.add_argument("service", nargs="?", metavar="SERVICE", help="only this Service: NAME, or NAMESPACE/NAME")
+    parser.add_argument(
+        "service", nargs="?", metavar="SERVICE", help="only this Service: NAME, NAME:PORT or NAMESPACE/NAME"
+    )
     parser.add_argument("-n", "--namespace", metavar="NAMESPACE", help="only Services of this namespace")
     if protocol:
         parser.add_argument(
@@ -205,10 +206,11 @@ def build() -> argparse.ArgumentParser:
 def _verbs(commands: _Commands) -> None:
     run = commands.add(
         "run",
-        "run",
+        _lazily("run"),
         "run the agent",
-        "Run the agent: make the kernel serve the Services in a directory of Kubernetes manifests, and follow "
-        "its changes. SIGTERM ends the agent and leaves the Services working; SIGHUP reads everything again.",
+        "Run the agent: make the kernel serve the Services in a directory of Kubernetes manifests, and "
+        "follow its changes. SIGTERM ends the agent and leaves the Services working; SIGHUP reads everything "
+        "again.",
     )
     _path(
         run,
@@ -222,7 +224,9 @@ def _verbs(commands: _Commands) -> None:
     run.add_argument("--node-name", metavar="NAME", help="name of this Node (default: the host's name)")
     run.add_argument("--mode", choices=("auto", "bpf"), help="dataplane (default: auto)")
     run.add_argument(
-        "--loader", choices=("auto", "libbpf", "bcc"), help="how BPF programs get into the kernel (default: auto)"
+        "--loader",
+        choices=("auto", "libbpf", "bcc"),
+        help="how BPF programs get into the kernel (default: auto)",
     )
     _path(
         run,
@@ -252,27 +256,33 @@ def _verbs(commands: _Commands) -> None:
 
     validate = commands.add(
         "validate",
-        "validate",
+        _lazily("validate"),
         "say what is wrong with manifests",
         "Say what is wrong with manifests, each object alone and all together; touches nothing.",
     )
-    _path(validate, "paths", kind=_FILE, nargs="+", metavar="FILE|DIR", help="a manifest or a directory of them")
-    _path(validate, "--config", kind=_FILE, metavar="FILE", help="also check this KubeProxyConfiguration, and use it")
+    _path(validate, "paths", kind=_FILE, nargs="+", metavar="FILE|DIR", help="manifests")
+    _path(
+        validate,
+        "--config",
+        kind=_FILE,
+        metavar="FILE",
+        help="KubeProxyConfiguration to check too",
+    )
     _output(validate)
 
     cleanup = commands.add(
         "cleanup",
-        "cleanup",
+        _lazily("cleanup"),
         "remove everything that ebpfproxy ever made",
-        "Remove everything that ebpfproxy ever made on this machine: links, filters, pinned maps and the state "
-        "directory. Services stop working. Needs no agent, touches nothing of others, may be repeated.",
+        "Remove everything that ebpfproxy ever made on this machine: links, filters, pinned maps and the "
+        "state directory. Services stop working. Needs no agent, touches nothing of others, may be repeated.",
     )
     _bpffs(cleanup)
     _state_dir(cleanup)
 
     completion = commands.add(
         "completion",
-        "completion",
+        _lazily("completion"),
         "print a script that completes commands in a shell",
         "Print a completion script: ebpfproxy completion bash >/etc/bash_completion.d/ebpfproxy",
     )
@@ -280,17 +290,18 @@ def _verbs(commands: _Commands) -> None:
 
 
 def _nouns(commands: _Commands) -> None:
-    check = commands.add(
-        "check",
-        "check",
-        "which dataplanes and loaders this machine can run, and why not the others",
-    )
+    check = commands.add("check", _lazily("check"), "what this machine can run, and why not the rest")
     _output(check)
+    _state_dir(check)
 
-    services = commands.add("services", "services", "frontends: VIP, port, and how many backends")
-    backends = commands.add("backends", "backends", "backends of Services, with state and connections")
-    connections = commands.add("connections", "connections", "connections that are translated now")
-    affinity = commands.add("affinity", "affinity", "which client is bound to which backend (ClientIP)")
+    services = commands.add(
+        "services", _lazily("nouns", "services"), "VIPs and ports, and how many backends they have"
+    )
+    backends = commands.add("backends", _lazily("nouns", "backends"), "backends, with state and connections")
+    connections = commands.add("connections", _lazily("nouns", "connections"), "what is translated now")
+    affinity = commands.add(
+        "affinity", _lazily("nouns", "affinity"), "which client is bound to which backend"
+    )
     for noun in (services, backends, connections, affinity):
         _filters(noun, protocol=noun is not affinity)
         _output(noun)
@@ -298,38 +309,48 @@ def _nouns(commands: _Commands) -> None:
 
     explain = commands.add(
         "explain",
-        "explain",
+        _lazily("explain"),
         "what happens to a connection to a VIP, and why",
         "Say which frontend a connection matches, which backends are candidates and why others are not, read "
         "from the live maps.",
     )
     explain.add_argument(
-        "target", type=vip_port, metavar="VIP:PORT[/PROTO]", help="IPv6 in brackets; PROTO: tcp (default), udp, sctp"
+        "target",
+        type=vip_port,
+        metavar="VIP:PORT[/PROTO]",
+        help="IPv6 in brackets; PROTO: tcp (default), udp, sctp",
     )
     explain.add_argument(
-        "--from", dest="source", type=ip_address, metavar="IP", help="where it comes from (default: this node)"
+        "--from",
+        dest="source",
+        type=ip_address,
+        metavar="IP",
+        help="client (default: one on this node, and one outside)",
     )
     _output(explain)
     _bpffs(explain)
 
-    maps = commands.add("maps", "maps", "fill and limit of each BPF map")
+    maps = commands.add("maps", _lazily("nouns", "maps"), "fill and limit of each BPF map")
     _output(maps)
     _bpffs(maps)
 
-    status = commands.add("status", "status", "the agent, what it programmed last, and what the kernel counted")
+    status = commands.add(
+        "status", _lazily("status"), "the agent, its last sync, and what the kernel counted"
+    )
     _output(status)
     _bpffs(status)
     _state_dir(status)
 
     env = commands.add(
         "env",
-        "env",
+        _lazily("env"),
         "environment variables of a namespace's Services",
-        "Print the environment variables by which the containers of a namespace find its Services, as NAME=VALUE.",
+        "Print the environment variables by which containers of a namespace find its Services: NAME=VALUE.",
     )
     env.add_argument("namespace", metavar="NAMESPACE")
     _path(env, "--manifests", kind=_DIRECTORY, metavar="DIR", help="manifests (default: those of the agent)")
+    _path(env, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration with the agent's ranges")
     _output(env)
     _state_dir(env)
 
-    commands.add("version", "version", "print the version")
+    commands.add("version", _lazily("version"), "print the version")

@@ -1,0 +1,91 @@
+"""``ebpfproxy check``: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ebpfproxy import status
+from ebpfproxy.cli import output
+from ebpfproxy.cli.exit_codes import ExitCode
+from ebpfproxy.cli.output import Column
+from ebpfproxy.dataplane.bpf import features
+from ebpfproxy.loader.bcc import BccLoader
+from ebpfproxy.loader.libbpf import LibbpfLoader
+
+if TYPE_CHECKING:
+    import argparse
+
+# What --mode auto will try after bpf; each says so itself once it is there.
+_TO_COME = ("ipvs", "iptables", "nftables", "userspace")
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A dataplane or a loader."""
+
+    name: str
+    reason: str  # why this machine can't run it; "" = it can
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What this machine can run."""
+
+    dataplanes: tuple[Choice, ...]
+    loaders: tuple[Choice, ...]
+    features: tuple[features.Feature, ...]
+    unsupported: tuple[str, ...]  # what the Services of the agent ask for and its dataplane does not do
+
+
+_CHOICES: list[Column[Choice]] = [
+    Column("NAME", lambda row: row.name),
+    Column("USABLE", lambda row: "no" if row.reason else "yes"),
+    Column("BECAUSE", lambda row: row.reason),
+]
+_FEATURES: list[Column[features.Feature]] = [
+    Column("FEATURE", lambda row: row.name),
+    Column("HERE", lambda row: "yes" if row.ok else "NO" if row.required else "no"),
+    Column("LINUX", lambda row: row.since),
+    Column("NEEDED FOR", lambda row: row.needed_for),
+    Column("DETAIL", lambda row: row.detail, is_wide=True),
+]
+
+
+def run(arguments: argparse.Namespace) -> ExitCode:
+    """Print the report; exit status 1 if no dataplane can run."""
+    said = status.read(arguments.state_dir)
+    choices = tuple(Choice(each.name, each.usable() or "") for each in (LibbpfLoader(), BccLoader()))
+    report = Report(
+        dataplanes=(
+            Choice("bpf", _why_not_bpf(choices)),
+            *(Choice(name, "this version does not have it yet") for name in _TO_COME),
+        ),
+        loaders=choices,
+        features=tuple(features.probe()),
+        unsupported=said.unsupported if said else (),
+    )
+    if arguments.output in ("json", "yaml"):
+        output.encode(report, arguments.output)
+    else:
+        print(_text(report, is_wide=arguments.output == "wide"))
+    return ExitCode.FAILED if all(each.reason for each in report.dataplanes) else ExitCode.OK
+
+
+def _why_not_bpf(choices: tuple[Choice, ...]) -> str:
+    if all(each.reason for each in choices):
+        return "; ".join(f"loader {each.name}: {each.reason}" for each in choices)
+    return features.usable() or ""
+
+
+def _text(report: Report, *, is_wide: bool) -> str:
+    parts = [
+        "dataplanes\n" + output.table(report.dataplanes, _CHOICES),
+        "loaders\n" + output.table(report.loaders, _CHOICES),
+        "kernel and machine\n" + output.table(report.features, _FEATURES, is_wide=is_wide),
+    ]
+    missing = [f"{each.name}: {each.detail}" for each in report.features if not each.ok]
+    if missing:
+        parts.append("what is missing\n" + "\n".join(missing))
+    if report.unsupported:
+        parts.append("asked for and not done\n" + "\n".join(report.unsupported))
+    return "\n\n".join(parts)

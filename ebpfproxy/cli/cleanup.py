@@ -1,0 +1,58 @@
+"""``ebpfproxy cleanup``: removes everything that we ever made."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ebpfproxy import agent, files, host, status
+from ebpfproxy.cli.exit_codes import ExitCode
+from ebpfproxy.dataplane.bpf import cleanup
+from ebpfproxy.source import lastgood
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def run(arguments: argparse.Namespace) -> ExitCode:
+    """Remove and say what; a second time there is nothing.
+
+    Raises:
+        LockedError: an agent is at work.
+    """
+    said = status.read(arguments.state_dir)
+    bpffs = arguments.bpffs or (Path(said.bpffs) if said else None) or host.find_bpffs() or host.BPFFS
+    with ExitStack() as stack:
+        _lock(stack, bpffs / agent.PINS, "directory of pinned maps")
+        _lock(stack, arguments.state_dir / agent.LOCK_FILE, "state directory")
+        removed = cleanup.cleanup(bpffs) + _remove_state(arguments.state_dir)
+    for line in removed:
+        print(f"removed {line}")
+    if not removed:
+        print("there was nothing to remove")
+    return ExitCode.OK
+
+
+def _lock(stack: ExitStack, path: Path, what: str) -> None:
+    """Hold the lock that an agent would hold."""
+    if path.exists():
+        stack.callback(files.Lock(path, what).close)
+
+
+def _remove_state(directory: Path) -> list[str]:
+    """Remove our files, and the directory if nothing of others is in it."""
+    removed = []
+    copies = lastgood.directory_of(directory)
+    if copies.is_dir():
+        shutil.rmtree(copies)
+        removed.append(f"directory {copies}")
+    for name in (agent.LEDGER_FILE, status.FILE, agent.LOCK_FILE):
+        path = directory / name
+        if path.exists():
+            path.unlink()
+            removed.append(f"file {path}")
+    with suppress(OSError):  # missing, or others have something in it
+        directory.rmdir()
+    return removed

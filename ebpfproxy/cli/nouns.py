@@ -1,0 +1,149 @@
+"""The commands that list rows of the pinned maps: services, backends, connections, affinity, maps."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ebpfproxy.cli import pins
+from ebpfproxy.cli.exit_codes import ExitCode, NothingError
+from ebpfproxy.cli.output import Column, endpoint, seconds, show, size
+from ebpfproxy.dataplane.bpf import view
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
+
+
+def services(arguments: argparse.Namespace) -> ExitCode:
+    """List the ports of Services."""
+    columns: list[Column[view.ServiceRow]] = [
+        Column("SERVICE", lambda row: row.name),
+        Column("TYPE", lambda row: row.kinds),
+        Column("PROTOCOL", lambda row: row.protocol),
+        Column("FAMILY", lambda row: f"IPv{row.family}", is_wide=True),
+        Column("FRONTENDS", lambda row: row.frontends),
+        Column("BACKENDS", lambda row: f"{row.backends_usable}/{row.backends_total}"),
+        Column("SCHEDULER", lambda row: row.scheduler, is_wide=True),
+        Column("AFFINITY", lambda row: seconds(row.affinity_s) if row.affinity_s else "", is_wide=True),
+        Column("OPEN", lambda row: row.open),
+        Column("CONNECTIONS", lambda row: row.connections),
+        Column("REFUSED", lambda row: row.refused, is_wide=True),
+    ]
+    return _list(arguments, view.services, columns, lambda row: row.name, "no Services are programmed")
+
+
+def backends(arguments: argparse.Namespace) -> ExitCode:
+    """List backends."""
+    columns: list[Column[view.BackendRow]] = [
+        Column("SERVICE", lambda row: row.service),
+        Column("PROTOCOL", lambda row: row.protocol),
+        Column("BACKEND", lambda row: endpoint(row.address, row.port)),
+        Column("STATE", lambda row: row.state),
+        Column("USED", lambda row: "yes" if row.is_usable else "no"),
+        Column("WEIGHT", lambda row: row.weight),
+        Column("LOCAL", lambda row: "yes" if row.is_local else "no", is_wide=True),
+        Column("HINT", lambda row: "elsewhere" if row.is_hinted_elsewhere else "", is_wide=True),
+        Column("OPEN", lambda row: row.open),
+        Column("CONNECTIONS", lambda row: row.connections),
+        Column("ID", lambda row: row.id, is_wide=True),
+    ]
+    return _list(arguments, view.backends, columns, lambda row: row.service, "no Service has backends")
+
+
+def connections(arguments: argparse.Namespace) -> ExitCode:
+    """List flows and sockets that are translated."""
+    columns: list[Column[view.ConnectionRow]] = [
+        Column("SERVICE", lambda row: row.service),
+        Column("KIND", lambda row: row.kind),
+        Column("PROTOCOL", lambda row: row.protocol),
+        Column("CLIENT", lambda row: row.client),
+        Column("VIP", lambda row: row.vip),
+        Column("BACKEND", lambda row: row.backend),
+        Column("STATE", lambda row: row.state),
+        Column("IDLE", lambda row: seconds(row.idle_s)),
+    ]
+    return _list(arguments, view.connections, columns, lambda row: row.service, "no connections are open")
+
+
+def affinity(arguments: argparse.Namespace) -> ExitCode:
+    """List clients that go back to their backend."""
+    columns: list[Column[view.AffinityRow]] = [
+        Column("SERVICE", lambda row: row.service),
+        Column("CLIENT", lambda row: row.client),
+        Column("BACKEND", lambda row: row.backend),
+        Column("IDLE", lambda row: seconds(row.idle_s)),
+        Column("EXPIRES", lambda row: seconds(row.expires_s)),
+    ]
+    return _list(
+        arguments, view.affinity, columns, lambda row: row.service, "no client is bound to a backend"
+    )
+
+
+def maps(arguments: argparse.Namespace) -> ExitCode:
+    """List the BPF maps."""
+    columns: list[Column[view.MapRow]] = [
+        Column("MAP", lambda row: row.name),
+        Column("ENTRIES", lambda row: row.entries),
+        Column("LIMIT", lambda row: row.limit),
+        Column("FULL", lambda row: f"{row.percent:.1f}%"),
+        Column("MEMORY", lambda row: size(row.bytes)),
+    ]
+    with pins.open_maps(arguments.bpffs) as opened:
+        show(view.map_usage(opened), columns, arguments.output, empty="there are no maps")
+    return ExitCode.OK
+
+
+def _list(
+    arguments: argparse.Namespace,
+    read: Callable[[view.Maps], Sequence[T]],
+    columns: Sequence[Column[T]],
+    service_of: Callable[[T], str],
+    empty: str,
+) -> ExitCode:
+    """Print the rows that the filters leave.
+
+    Raises:
+        NothingError: the Service that was named is not programmed.
+    """
+    with pins.open_maps(arguments.bpffs) as opened:
+        matches = service_filter(arguments.namespace, arguments.service)
+        if arguments.service and not any(matches(row.name) for row in view.services(opened)):
+            raise NothingError(
+                f"no Service {arguments.service} is programmed"
+                + (f" in namespace {arguments.namespace}" if arguments.namespace else "")
+                + "; `ebpfproxy services` lists them (headless and ExternalName ones are for DNS only)"
+            )
+        rows = [row for row in read(opened) if matches(service_of(row))]
+    protocol = getattr(arguments, "protocol", None)
+    if protocol:
+        rows = [row for row in rows if _protocol(row) == protocol]
+    is_filtered = arguments.namespace or arguments.service or protocol
+    show(rows, columns, arguments.output, empty="nothing matches" if is_filtered else empty)
+    return ExitCode.OK
+
+
+def _protocol(row: Any) -> str:
+    return str(row.protocol)
+
+
+def service_filter(namespace: str | None, name: str | None) -> Callable[[str], bool]:
+    """Return whether ``namespace/name:port`` is meant by a namespace and by NAME, NAME:PORT or NS/NAME.
+
+    None stands for any.
+    """
+    space, slash, rest = (name or "").rpartition("/")
+    service, colon, port = rest.partition(":")
+    pattern = re.compile(
+        (re.escape(space) if slash else r"[^/]*")
+        + "/"
+        + (re.escape(service) if name else r"[^:]*")
+        + (f":{re.escape(port)}" if colon else r"(:.*)?")
+    )
+
+    def matches(full: str) -> bool:
+        return (namespace is None or full.startswith(f"{namespace}/")) and bool(pattern.fullmatch(full))
+
+    return matches
