@@ -109,7 +109,7 @@ class Running:
 
     def status(self) -> status.Status:
         """Return the status file, once there is one."""
-        until(lambda: (self.state_dir / status.FILE).exists())
+        until((self.state_dir / status.FILE).exists)
         found = status.read(self.state_dir)
         assert found
         return found
