@@ -88,6 +88,7 @@ class Options(msgspec.Struct, frozen=True):
 _FIXED = {
     "mode": "mode",
     "loader": "ebpfproxy.loader",
+    "device_attachment": "ebpfproxy.deviceAttachment",
     "hostname_override": "hostnameOverride",
     "devices": "ebpfproxy.devices",
     "map_sizes": "ebpfproxy.mapSizes",
@@ -612,6 +613,7 @@ def _bpf_options(settings: Config, cgroup: Path, bpffs: Path) -> Any:
         sizes=settings.map_sizes,
         node_ports=settings.service_node_port_range,
         timeouts=Timeouts(**timeouts),
+        use_tcx={"tcx": True, "clsact": False}.get(settings.device_attachment),
     )
 
 

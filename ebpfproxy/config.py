@@ -126,6 +126,7 @@ class _Extras(_Schema, frozen=True):
     """Key ``ebpfproxy``: what kube-proxy's file has no word for."""
 
     loader: str = ""
+    device_attachment: str = ""
     devices: list[str] = []
     map_sizes: dict[str, int] = {}
     service_cluster_ip_range: str = msgspec.field(default="", name="serviceClusterIPRange")
@@ -171,6 +172,7 @@ class Config(msgspec.Struct, frozen=True):
 
     mode: str = "auto"  # auto | bpf
     loader: str = "auto"  # auto | libbpf | bcc
+    device_attachment: str = "auto"  # auto | tcx | clsact
     hostname_override: str = ""
     devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
     cluster_cidrs: tuple[str, ...] = ()  # canonical, at most one of each family
@@ -300,6 +302,10 @@ def _config(file: _File) -> Config:
     if file.logging.format not in ("", "text", "json"):
         raise ConfigError(f"logging.format: {file.logging.format!r} is neither text nor json")
     extras = file.ebpfproxy
+    if extras.device_attachment not in ("", "auto", "tcx", "clsact"):
+        raise ConfigError(
+            f"ebpfproxy.deviceAttachment: {extras.device_attachment!r} is none of auto, tcx, clsact"
+        )
     if extras.loader not in ("", "auto", "libbpf", "bcc"):
         raise ConfigError(f"ebpfproxy.loader: {extras.loader!r} is none of auto, libbpf, bcc")
     for name, size in extras.map_sizes.items():
@@ -311,6 +317,7 @@ def _config(file: _File) -> Config:
     return Config(
         mode=mode,
         loader=extras.loader or defaults.loader,
+        device_attachment=extras.device_attachment or defaults.device_attachment,
         hostname_override=file.hostname_override.strip().lower(),
         devices=tuple(extras.devices),
         cluster_cidrs=parse_cidr_pair("clusterCIDR", file.cluster_cidr),

@@ -169,6 +169,7 @@ def test_not_a_duration(text: str) -> None:
             {"tcp_established_s": 86400, "udp_s": 30},
         ),
         ({"logging": {"format": "json", "verbosity": 4}}, {"log_format": "json", "log_debug": True}),
+        ({"ebpfproxy": {"deviceAttachment": "clsact"}}, {"device_attachment": "clsact"}),
         ({"ebpfproxy": {"loader": "bcc", "devices": ["eth*"]}}, {"loader": "bcc", "devices": ("eth*",)}),
         ({"ebpfproxy": {"mapSizes": {"slots": 1024}}}, {"map_sizes": {"slots": 1024}}),
         (
@@ -250,6 +251,7 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ({"iptables": {"syncPeriod": "-1s"}}, "iptables.syncPeriod: must be greater than 0"),
         ({"logging": {"format": "xml"}}, "logging.format: 'xml'"),
         ({"ebpfproxy": {"loader": "ld"}}, "ebpfproxy.loader: 'ld'"),
+        ({"ebpfproxy": {"deviceAttachment": "xdp"}}, "ebpfproxy.deviceAttachment: 'xdp'"),
         ({"ebpfproxy": {"mapSizes": {"slots": 0}}}, "ebpfproxy.mapSizes.slots: 0"),
         ({"ebpfproxy": {"serviceNodePortRange": "9-8"}}, "ebpfproxy.serviceNodePortRange: '9-8'"),
     ],
