@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig import kernel, leaks
 
 if TYPE_CHECKING:

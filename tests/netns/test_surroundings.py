@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,6 +51,10 @@ def names(probe: Probe, address: str, port: int = 80) -> set[str]:
         return set()
 
 
+def is_served_by(probe: Probe, address: str, port: int, expected: set[str]) -> bool:
+    return names(probe, address, port) == expected
+
+
 ALL = {"pod1", "pod2", "pod3"}
 
 
@@ -64,7 +69,7 @@ def test_new_device_is_served(net: Topology, attach: str) -> None:
         late = net.add_pod("late")
         with Probe(late.place) as probe:
             for vip in known.WEB:
-                eventually(lambda vip=vip: names(probe, vip) == ALL, "the new pod's device to be served")
+                eventually(partial(is_served_by, probe, vip, 80, ALL), "the new pod's device to be served")
 
 
 def test_device_that_comes_again_is_served_again(net: Topology, agent: Agent) -> None:
@@ -79,9 +84,7 @@ def test_new_address_of_the_node_serves_node_ports(net: Topology, agent: Agent) 
     with agent, Probe(net.from_outside) as probe:
         net.node.shell("ip addr add 192.0.2.2/24 dev eth0; ip addr add 2001:db8::2/64 dev eth0 nodad")
         for address in ("192.0.2.2", "2001:db8::2"):
-            eventually(
-                lambda address=address: names(probe, address, 30080) == ALL, "a NodePort at the new address"
-            )
+            eventually(partial(is_served_by, probe, address, 30080, ALL), "a NodePort at the new address")
         net.node.shell("ip addr del 192.0.2.2/24 dev eth0")
         assert names(probe, NODE_IPS[0], 30080) == ALL
 
@@ -144,7 +147,8 @@ def test_changes_are_followed_one_after_the_other(net: Topology, agent: Agent) -
     with agent, Probe(net.on_node) as probe:
         for count in (1, 3, 2, 3, 1):
             write(agent, *net.pods[:count])
-            eventually(lambda count=count: len(names(probe, known.WEB[0])) == count, f"{count} backends")
+            expected = {pod.name for pod in net.pods[:count]}
+            eventually(partial(is_served_by, probe, known.WEB[0], 80, expected), f"{count} backends")
 
 
 # --- limits

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rig.names import unique
@@ -98,11 +99,22 @@ class Agent:
         self._notify_path.unlink(missing_ok=True)
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self._notify_path))
+        flags: dict[str, str | Path] = {
+            "--manifests": self.manifests,
+            "--node-name": NODE_NAME,
+            "--cgroup": self.net.cgroup,
+            "--bpffs": self.net.bpffs,
+            "--state-dir": self.state_dir,
+            "--loader": self.loader,
+        }
+        if self.config_file:
+            flags["--config"] = self.config_file
         command = [
-            *[sys.executable, "-m", "ebpfproxy", "run", "--manifests", self.manifests],
-            *["--node-name", NODE_NAME, "--cgroup", self.net.cgroup, "--bpffs", self.net.bpffs],
-            *["--state-dir", self.state_dir, "--loader", self.loader],
-            *(["--config", self.config_file] if self.config_file else []),
+            sys.executable,
+            "-m",
+            "ebpfproxy",
+            "run",
+            *chain.from_iterable(flags.items()),
             *self.arguments,
         ]
         env = {"NOTIFY_SOCKET": str(self._notify_path), **self.env}
@@ -184,7 +196,7 @@ class Agent:
 
     def status(self) -> Any:
         """Return what ``ebpfproxy status`` says; its exit status 3 means that no agent runs."""
-        options = ["--state-dir", self.state_dir, "--bpffs", self.net.bpffs, "-o", "json"]
+        options: list[str | Path] = ["--state-dir", self.state_dir, "--bpffs", self.net.bpffs, "-o", "json"]
         return json.loads(self.cli("status", *options, check=False).stdout)
 
     def wait_backends(self, service: str, addresses: set[str]) -> None:

@@ -178,7 +178,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            outcome = (getattr(child, verb)(*arguments), None)
+            outcome: tuple[Any, OSError | None] = (getattr(child, verb)(*arguments), None)
         except OSError as error:
             outcome = (None, error)
         pickle.dump(outcome, sys.stdout.buffer)

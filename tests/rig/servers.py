@@ -11,7 +11,7 @@ from rig.topology import wait_listening
 from rig.wait import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from rig.process import Place, Process
 
@@ -42,7 +42,7 @@ def name_servers(places: Iterable[tuple[str, Place]], *ports: int) -> Iterator[d
 
 
 @contextlib.contextmanager
-def dns_server(place: Place, records: dict[str, tuple[str, ...]]) -> Iterator[Process]:
+def dns_server(place: Place, records: Mapping[str, Sequence[str]]) -> Iterator[Process]:
     """Run dnsmasq on port 53 with these address records and nothing else."""
     answers = [f"--host-record={name},{','.join(addresses)}" for name, addresses in records.items()]
     with place.start(

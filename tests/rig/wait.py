@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def eventually(check: Callable[[], T], what: str, *, timeout_s: float = 15.0, every_s: float = 0.01) -> T:
+def eventually(
+    check: Callable[[], T | None], what: str, *, timeout_s: float = 15.0, every_s: float = 0.01
+) -> T:
     """Return the first truthy result of ``check``.
 
     Args:
