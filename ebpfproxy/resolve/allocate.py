@@ -58,6 +58,10 @@ class _Slot(NamedTuple):
     kind: str  # key of the ledger
     of: str = ""  # family, or port/protocol
 
+    def protocol(self) -> str:
+        """Return what the value is used for, "" for an address; health checks are HTTP."""
+        return self.of.partition("/")[2] if self.kind == "nodePorts" else "TCP" if not self.of else ""
+
 
 @dataclass(slots=True)
 class _Need:
@@ -183,9 +187,11 @@ class Allocator:
         value = draft.held.get(need.slot)
         if value is None or need.wanted not in (None, value):
             return
+        if need.wanted is None and any(each.wanted == value for each in draft.needs):
+            return  # the object asks for it for another of its ports
         if need.wanted is None and not any(need.space.holds(each, value) for each in need.ranges):
             self._repairs.append(f"{_name(draft.key)}: {value} lies outside of {_texts(need)}; replaced")
-        elif self._take(need, value, draft.key):
+        elif self._take(draft, need, value):
             draft.values[need.slot] = value
         elif need.wanted is None:
             owner = _name(need.space.owners[value])
@@ -199,7 +205,7 @@ class Allocator:
             what = _what(need)
             why = f"provided {what} is not in the valid range. The range of valid {what}s is {_texts(need)}"
             self._fail(draft, need, why)
-        elif self._take(need, need.wanted, draft.key) or need.may_share:
+        elif self._take(draft, need, need.wanted) or need.may_share:
             draft.values[need.slot] = need.wanted
         else:
             owner = _name(need.space.owners[need.wanted])
@@ -209,7 +215,8 @@ class Allocator:
         """Give a free value; ports of one number share a node port, as TCP and UDP of a DNS server."""
         number = need.slot.of.partition("/")[0]
         for slot, value in draft.values.items():
-            if need.slot.kind == slot.kind == "nodePorts" and slot.of.partition("/")[0] == number:
+            is_sibling = need.slot.kind == slot.kind == "nodePorts" and slot.of.partition("/")[0] == number
+            if is_sibling and self._take(draft, need, value):
                 draft.values[need.slot] = value
                 return
         seed = "/".join((draft.key.namespace, draft.key.name, need.slot.kind, number))
@@ -313,8 +320,12 @@ class Allocator:
 
     # --- book-keeping ----------------------------------------------------------------------------
 
-    def _take(self, need: _Need, value: Any, owner: ObjectKey) -> bool:
-        return need.space.take(value, owner, self._range_of(need, value))
+    def _take(self, draft: _Draft, need: _Need, value: Any) -> bool:
+        """Give a value; a Service itself can use a node port twice, for different protocols."""
+        for slot, other in draft.values.items():
+            if other == value and slot.protocol() == need.slot.protocol():
+                return False
+        return need.space.take(value, draft.key, self._range_of(need, value))
 
     def _range_of(self, need: _Need, value: Any) -> Range | None:
         return next((each for each in need.ranges if need.space.holds(each, value)), None)
@@ -338,6 +349,9 @@ class Allocator:
         else:
             self._unhappy.pop(key, None)
         self._drafts[key] = draft
+        draft.values = {
+            each.slot: draft.values[each.slot] for each in draft.needs if each.slot in draft.values
+        }
         if draft.is_refused:
             self._note(key, {})
             return before is not None
@@ -378,6 +392,8 @@ class Allocator:
         """Return a ledger without entries that can't be read."""
         entries: dict[str, Mapping[str, Any]] = {}
         for name, entry in ledger.items():
+            if not entry:
+                continue
             try:
                 read = msgspec.convert(entry, _Entry)
                 valid = all(addresses.pack(each) for each in (*read.cluster_ips, *read.load_balancer_ips))
