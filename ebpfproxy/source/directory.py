@@ -33,7 +33,7 @@ from ebpfproxy.source import Reported, SourceEvent, lastgood, manifests
 from ebpfproxy.store import Delete, Set, Synced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from ebpfproxy.model.objects import Object, ObjectKey
@@ -70,6 +70,7 @@ class _File(NamedTuple):
     stamp: _Stamp | None  # None: it could not be read
     objects: dict[ObjectKey, Object]
     problems: tuple[str, ...]
+    ignored: Mapping[str, int] = MappingProxyType({})  # kinds that were left out
 
 
 class DirectorySource:
@@ -351,12 +352,12 @@ class DirectorySource:
         if manifest.refused:
             last = self._last(name, before)
             objects = objects | {key: last[key] for key in manifest.refused if key in last}
-        if manifest.ignored:
+        if manifest.ignored and not (before and before.ignored == manifest.ignored):
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(manifest.ignored.items()))
             _log.info("%s: left out kinds that Services are not made of: %s", name, kinds)
         if self._last_good and (before or not self._last_good.is_current(name, stamp.mtime_ns)):
             self._last_good.save(name, manifest, stamp.mtime_ns)
-        return _File(stamp, objects, manifest.problems)
+        return _File(stamp, objects, manifest.problems, manifest.ignored)
 
     def _unreadable(self, name: str, before: _File | None, problem: str, stamp: _Stamp | None) -> _File:
         last = self._last(name, before)

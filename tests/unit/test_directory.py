@@ -295,6 +295,19 @@ def test_rereading_finds_what_hides_behind_an_unchanged_stamp(
     running.expect({"a": 1, "b": 2})
 
 
+def test_kinds_that_are_left_out_are_said_once(
+    path: Path, watch: Callable[..., Watch], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = '{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"}}'
+    with caplog.at_level("INFO", "ebpfproxy"):
+        (path / "a.yaml").write_text(documents(service("a", 1), other))
+        running = watch()
+        (path / "a.yaml").write_text(documents(service("a", 2), other))
+        running.expect({"a": 2})
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["a.yaml: left out kinds that Services are not made of: 1 Deployment (apps/v1)"]
+
+
 # --- broken files and objects ------------------------------------------------------------------------
 
 
