@@ -21,6 +21,7 @@ import select
 import stat
 import time
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import inotify_simple
