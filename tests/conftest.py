@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from rig import kernel, leaks
+from rig.process import HERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def pytest_configure() -> None:
@@ -57,3 +58,13 @@ def netns(nothing_left: None) -> Iterator[kernel.Netns]:
     """A network namespace of this test's own, loopback up."""
     with kernel.new_netns() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def bcc_headers() -> Iterator[None]:
+    """Kernel headers for BCC, where ``scripts/test`` has not found them already."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "BCC_KERNEL_SOURCE" not in os.environ:
+            script = Path(__file__).parents[1] / "scripts" / "bcc-headers"
+            patch.setenv("BCC_KERNEL_SOURCE", HERE.run(script, timeout_s=300).stdout.strip())
+        yield

@@ -9,7 +9,7 @@ import pytest
 
 from rig.agent import Agent
 from rig.objects import service
-from rig.probe import Load, Probe
+from rig.probe import Load, Probe, more
 from rig.topology import NODE_IPS
 
 from . import catalogue as known
@@ -39,7 +39,7 @@ class Busy:
 
     def goes_on(self) -> list[set[str]]:
         """Wait for a good number of requests of each load; return who answers each."""
-        return [set(load.more(100)) for load in self.loads]
+        return [set(answers) for answers in more(self.loads, 40)]
 
 
 def write(agent: Agent, *pods: Pod) -> None:
@@ -134,6 +134,7 @@ def test_sigterm_leaves_the_dataplane(busy: Busy) -> None:
     busy.goes_on()
 
 
+@pytest.mark.usefixtures("bcc_headers")
 def test_upgrade_under_load(busy: Busy) -> None:
     """Another build of the programs takes the place of the running one, and back."""
     ids = backend_ids(busy.agent)

@@ -7,6 +7,7 @@ import contextlib
 import pickle
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -93,19 +94,29 @@ class Load:
 
     def more(self, requests: int = 200) -> collections.Counter[str]:
         """Wait until so many more requests were answered; return who answered those."""
-        before, _ = self.counts()
-
-        def enough() -> collections.Counter[str] | None:
-            now, failures = self.counts()
-            assert not failures, failures[:5]
-            since = now - before
-            return since if since.total() >= requests else None
-
-        return eventually(enough, f"{requests} more requests", timeout_s=30)
+        return more([self], requests)[0]
 
     def stop(self) -> tuple[collections.Counter[str], list[str]]:
         answers, failures = self._probe.call("call", self._number, "stop")
         return _by_name(answers), failures
+
+
+def more(loads: Sequence[Load], requests: int) -> list[collections.Counter[str]]:
+    """Wait until each load got so many more answers; return who answered those, load by load."""
+    before = [load.counts()[0] for load in loads]
+
+    def enough(load: Load, earlier: collections.Counter[str]) -> collections.Counter[str] | None:
+        now, failures = load.counts()
+        if failures:
+            msg = f"{len(failures)} requests failed: {failures[:5]}"
+            raise ConnectionError(msg)
+        since = now - earlier
+        return since if since.total() >= requests else None
+
+    return [
+        eventually(partial(enough, load, earlier), f"{requests} more requests", timeout_s=30)
+        for load, earlier in zip(loads, before, strict=True)
+    ]
 
 
 def _by_name(answers: dict[str, int]) -> collections.Counter[str]:
