@@ -232,7 +232,9 @@ class Resolver:
             if is_new:
                 self._selecting.setdefault(at, set()).add(name)
             else:
-                self._selecting[at].discard(name)
+                self._selecting[at].remove(name)
+                if not self._selecting[at]:
+                    del self._selecting[at]
 
     def _index_node(self, node: Node, touched: _Touched, *, is_new: bool) -> None:
         self._zones[node.metadata.name] = node.zone if is_new else ""

@@ -139,6 +139,48 @@ def test_node_ports_go_back_when_the_type_changes() -> None:
     assert set(allocation.ledger["default/a"]) == {"clusterIPs"}
 
 
+def test_what_was_given_back_can_be_given_again() -> None:
+    allocator = Allocator(AllocationOptions(("10.96.0.0/30",)))
+    for _ in range(3):
+        assert set(services(allocator.allocate(objects_of(service("a"), service("b"), service("c"))))) == {
+            "a",
+            "b",
+        }
+        assert services(allocator.allocate({})) == {}
+
+
+def ports_of(allocation: Allocation) -> dict[str, int]:
+    return {f"{port.port}/{port.protocol}": port.node_port for port in services(allocation)["a"].spec.ports}
+
+
+def test_a_node_port_may_move_from_one_port_of_a_service_to_another() -> None:
+    allocator = Allocator(OPTIONS, {"default/a": {"nodePorts": {"80/TCP": 30001, "81/TCP": 30002}}})
+    ports = [{"name": "x", "port": 80}, {"name": "y", "port": 81, "nodePort": 30001}]
+    allocation = allocator.allocate(objects_of(service("a", type="NodePort", ports=ports)))
+    assert ports_of(allocation)["81/TCP"] == 30001
+    assert ports_of(allocation)["80/TCP"] not in (0, 30001)
+    assert allocation.problems == allocation.repairs == ()
+
+
+def test_a_node_port_is_not_shared_where_its_protocol_is_taken() -> None:
+    ports = [
+        {"name": "x", "port": 53, "nodePort": 30001},
+        {"name": "y", "port": 80, "protocol": "UDP", "nodePort": 30001},
+        {"name": "z", "port": 53, "protocol": "UDP"},
+    ]
+    found = ports_of(Allocator(OPTIONS).allocate(objects_of(service("a", type="NodePort", ports=ports))))
+    assert found["53/TCP"] == found["80/UDP"] == 30001
+    assert found["53/UDP"] not in (0, 30001)
+
+
+def test_a_ledger_that_gives_one_service_a_node_port_twice_is_mended() -> None:
+    allocator = Allocator(OPTIONS, {"default/a": {"nodePorts": {"80/TCP": 30001, "81/TCP": 30001}}})
+    ports = [{"name": "x", "port": 80}, {"name": "y", "port": 81}]
+    allocation = allocator.allocate(objects_of(service("a", type="NodePort", ports=ports)))
+    assert len(set(ports_of(allocation).values())) == 2
+    assert allocation.repairs == ("default/a: 30001 was allocated to default/a too; replaced",)
+
+
 def test_a_reader_of_the_old_ledger_is_not_disturbed() -> None:
     allocator = Allocator(OPTIONS)
     ledger = allocator.allocate(objects_of(service("a"))).ledger

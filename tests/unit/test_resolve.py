@@ -126,6 +126,52 @@ def test_the_loser_gets_the_frontend_when_the_winner_goes() -> None:
     assert resolution.problems == ()
 
 
+def pod(name: str, address: str, **labels: str) -> Object:
+    status = {"phase": "Running", "podIP": address, "conditions": [{"type": "Ready", "status": "True"}]}
+    return obj("Pod", name, metadata={"labels": labels}, spec={"nodeName": "n1"}, status=status)
+
+
+def test_pods_are_followed() -> None:
+    objects = objects_of(service("web", 1, selector={"app": "x", "tier": "y"}))
+    resolver = Resolver()
+
+    def addresses(*changed: Object) -> list[str]:
+        objects.update(objects_of(*changed))
+        (resolved,) = resolver.resolve(objects, NODE, changed=map(key_of, changed)).services
+        return [each.address for each in resolved.backends]
+
+    assert addresses() == []
+    assert addresses(pod("p1", "10.1.0.1", app="x", tier="y")) == ["10.1.0.1"]
+    # Whichever pair fewer pods have, the other one must fit too.
+    assert addresses(pod("p2", "10.1.0.2", app="x"), pod("p3", "10.1.0.3", tier="y")) == ["10.1.0.1"]
+    assert addresses(pod("p2", "10.1.0.2", app="x", tier="y")) == ["10.1.0.1", "10.1.0.2"]
+    assert addresses(pod("p1", "10.1.0.1", app="x")) == ["10.1.0.2"]
+    assert addresses(service("web", 1, selector={"tier": "y"})) == ["10.1.0.2", "10.1.0.3"]
+    assert addresses(slice_of("web", "10.1.0.9")) == ["10.1.0.9"]
+
+
+def test_the_zone_of_a_pods_node_is_followed() -> None:
+    objects = objects_of(service("web", 1, selector={"app": "x"}), pod("p1", "10.1.0.1", app="x"))
+    resolver = Resolver()
+    assert resolver.resolve(objects, NODE).services[0].backends[0].zone == ""
+    node = obj("Node", "n1", metadata={"labels": {"topology.kubernetes.io/zone": "b"}})
+    objects[key_of(node)] = node
+    assert resolver.resolve(objects, NODE).services[0].backends[0].zone == "b"
+    del objects[key_of(node)]
+    assert resolver.resolve(objects, NODE).services[0].backends[0].zone == ""
+
+
+def test_a_vip_that_becomes_a_nodes_address_may_be_an_endpoint() -> None:
+    objects = objects_of(service("web", 1, externalIPs=["192.0.2.1"]), slice_of("web", "192.0.2.1"))
+    resolver = Resolver()
+    assert len(resolver.resolve(objects, NODE).problems) == 1
+    node = obj("Node", "n1", status={"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]})
+    objects[key_of(node)] = node
+    resolution = resolver.resolve(objects, NODE)
+    assert resolution.problems == ()
+    assert [each.address for each in resolution.services[0].backends] == ["192.0.2.1"]
+
+
 def test_node_context() -> None:
     node = obj("Node", "n1", metadata={"labels": {"topology.kubernetes.io/zone": "a"}})
     assert node_context(objects_of(node), "n1") == NodeContext("n1", "a")
