@@ -159,7 +159,8 @@ def test_a_node_port_may_move_from_one_port_of_a_service_to_another() -> None:
     allocation = allocator.allocate(objects_of(service("a", type="NodePort", ports=ports)))
     assert ports_of(allocation)["81/TCP"] == 30001
     assert ports_of(allocation)["80/TCP"] not in (0, 30001)
-    assert allocation.problems == allocation.repairs == ()
+    assert allocation.problems == ()
+    assert allocation.repairs == ()
 
 
 def test_a_node_port_is_not_shared_where_its_protocol_is_taken() -> None:

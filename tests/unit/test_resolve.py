@@ -137,7 +137,9 @@ def test_pods_are_followed() -> None:
 
     def addresses(*changed: Object) -> list[str]:
         objects.update(objects_of(*changed))
-        (resolved,) = resolver.resolve(objects, NODE, changed=map(key_of, changed)).services
+        (resolved,) = resolver.resolve(
+            objects, NODE, changed=[key_of(each) for each in changed] or None
+        ).services
         return [each.address for each in resolved.backends]
 
     assert addresses() == []
