@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy.cli import parser
 from ebpfproxy.cli.exit_codes import ExitCode, NothingError
-from ebpfproxy.errors import EbpfproxyError
+from ebpfproxy.errors import ConfigError, EbpfproxyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except NothingError as error:
         return _fail(error, ExitCode.NOTHING)
+    except ConfigError as error:
+        return _fail(error, ExitCode.USAGE)
     except EbpfproxyError as error:
         return _fail(error, ExitCode.FAILED)
     except PermissionError as error:

@@ -28,7 +28,7 @@ Commands that are nouns read, verbs change. Reading works from the pinned maps: 
 exit status:
   0    done; what was asked for is there
   1    the operation failed, or the check or validation found something wrong
-  2    wrong usage
+  2    wrong usage, or a wrong configuration file
   3    not there: nothing is programmed, no agent runs, nothing matches what was named;
        of `run --once`: some objects were refused, all others are programmed
   130  interrupted (Ctrl-C)
@@ -286,7 +286,7 @@ def _verbs(commands: _Commands) -> None:
         "print a script that completes commands in a shell",
         "Print a completion script: ebpfproxy completion bash >/etc/bash_completion.d/ebpfproxy",
     )
-    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.add_argument("shell", choices=("bash", "zsh"), help="which shell")
 
 
 def _nouns(commands: _Commands) -> None:
@@ -347,7 +347,7 @@ def _nouns(commands: _Commands) -> None:
         "environment variables of a namespace's Services",
         "Print the environment variables by which containers of a namespace find its Services: NAME=VALUE.",
     )
-    env.add_argument("namespace", metavar="NAMESPACE")
+    env.add_argument("namespace", metavar="NAMESPACE", help="whose Services")
     _path(env, "--manifests", kind=_DIRECTORY, metavar="DIR", help="manifests (default: those of the agent)")
     _path(env, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration with the agent's ranges")
     _output(env)

@@ -1,0 +1,78 @@
+"""Prints docs/cli.md, made from the command line's own grammar; a test compares it with the file.
+
+Usage: .venv/bin/python scripts/cli_docs.py >docs/cli.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ebpfproxy.cli import parser
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INTRODUCTION = """\
+# The command line
+
+Made by `scripts/cli_docs.py` from the program's own grammar.
+
+Commands that are nouns read, verbs change. Reading works from the pinned maps: it needs no agent, only the
+right to read them (root), and `--bpffs` where the BPF file system is not at its usual place. Every noun knows
+`-o table|wide|json|yaml`; tables are for people, the field names of JSON and YAML stay.
+
+`ebpfproxy completion bash|zsh` prints a completion script; `make completion` installs both.
+
+## Exit status
+
+| status | meaning |
+|---|---|
+| 0 | done; what was asked for is there |
+| 1 | the operation failed, or `check` or `validate` found something wrong |
+| 2 | wrong usage, or a wrong configuration file |
+| 3 | not there: nothing is programmed, no agent runs, nothing matches what was named; \
+of `run --once`: some objects were refused, all others are programmed |
+| 130 | interrupted (Ctrl-C) |
+
+Errors are one line on standard error, `ebpfproxy: ...`; answers go to standard output.
+"""
+
+
+# argparse keeps what a parser consists of in private attributes, and has no other way to ask.
+# ruff: noqa: SLF001
+
+
+def document() -> str:
+    """Return the whole document."""
+    commands = next(
+        action for action in parser.build()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    sections = [_section(name, command) for name, command in commands.choices.items()]
+    return INTRODUCTION + "".join(sections)
+
+
+def _section(name: str, command: argparse.ArgumentParser) -> str:
+    rows = [f"| {_names(action)} | {_meaning(action)} |" for action in _arguments(command)]
+    table = "\n| argument | meaning |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
+    return f"\n## `ebpfproxy {name}`\n\n{command.description}\n{table}"
+
+
+def _arguments(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    return (action for action in command._actions if action.dest != "help")
+
+
+def _names(action: argparse.Action) -> str:
+    values = "\\|".join(map(str, action.choices or ())) or str(action.metavar or "").replace("|", "\\|")
+    if not action.option_strings:
+        return f"`{values}`"
+    flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
+    return flags if action.nargs == 0 else f"{flags} `{values}`"
+
+
+def _meaning(action: argparse.Action) -> str:
+    return (action.help or "") + (" (required)" if action.required and action.option_strings else "")
+
+
+if __name__ == "__main__":
+    print(document(), end="")
