@@ -242,7 +242,7 @@ def list_filters(prefix: str) -> list[Filter]:
             for parent in (INGRESS, EGRESS):
                 for entry in route.get_filters(index=link["index"], parent=parent):
                     options = entry.get("options")
-                    name = options.get("name") if options is not None and entry.get("kind") == "bpf" else None
+                    name = options.get("TCA_BPF_NAME") if options is not None else None
                     if name and name.startswith(prefix) and entry["info"] >> 16 == _FILTER_PRIO:
                         found.append(Filter(link["index"], parent, name))
     return found

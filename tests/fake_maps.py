@@ -161,7 +161,7 @@ def follow(maps: Mapping[str, FakeMap], value: bytes) -> list[tuple[str, int]]:
     assert entry.id in names, "the service id has no name"
     start = entry.slot_base * SLOT_SIZE
     reached = []
-    for number in unpack_slots(maps["slots"].memory[start : start + entry.slot_count * SLOT_SIZE]):
+    for number in unpack_slots(maps["slots"].mmap()[start : start + entry.slot_count * SLOT_SIZE]):
         backend = BACKEND.read(bytes(maps["backends"].memory[number * BACKEND.size :][: BACKEND.size]))
         assert number, "a slot is empty"
         assert backend.service == entry.id, "a slot leads to a backend of another service"

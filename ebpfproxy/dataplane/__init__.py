@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ebpfproxy.model.services import DesiredState
+if TYPE_CHECKING:
+    from ebpfproxy.model.services import DesiredState
 
 
 class Dataplane(Protocol):

@@ -4,18 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fake_maps import (
-    LIMITS,
-    FakeMap,
-    cluster_ip,
-    expected,
-    fake_maps,
-    follow,
-    load_balancer,
-    node_port,
-    service,
-    single_writes,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +32,18 @@ from ebpfproxy.model.services import (
     Readiness,
     Scheduler,
     Service,
+)
+from fake_maps import (
+    LIMITS,
+    FakeMap,
+    cluster_ip,
+    expected,
+    fake_maps,
+    follow,
+    load_balancer,
+    node_port,
+    service,
+    single_writes,
 )
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from ebpfproxy.libbpf.probes import has_tcx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Attachments:
         self._use_tcx = has_tcx() if use_tcx is None else use_tcx
         self._attached: dict[str, int] = {}  # device name -> index
         self._reported: set[str] = set()
+        self._are_filters_checked = False
 
     @property
     def devices(self) -> list[str]:
@@ -144,6 +146,9 @@ class Attachments:
             self._reported.discard(name)
             self._attached[name] = index
             log.info("attached to device", extra={"device": name, "how": self.how})
+        if not self._are_filters_checked:
+            self._remove_filters(set() if self._use_tcx else set(wanted.values()))
+            self._are_filters_checked = True
         return problems
 
     def forget(self) -> None:
@@ -188,11 +193,12 @@ class Attachments:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
                 log.info("detached from device", extra={"pin": path.name})
-        if not self._use_tcx and not self._attached:
-            indexes = set(wanted.values())
-            for found in netlink.list_filters(FILTER_PREFIX):
-                if found.device not in indexes:
-                    netlink.remove_filter(found)
+
+    def _remove_filters(self, keep: AbstractSet[int]) -> None:
+        """Remove the filters of an earlier run from all devices but these."""
+        for found in netlink.list_filters(FILTER_PREFIX):
+            if found.device not in keep:
+                netlink.remove_filter(found)
 
 
 def _device_pins(links: Path) -> Iterable[Path]:

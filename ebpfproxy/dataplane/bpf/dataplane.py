@@ -243,8 +243,14 @@ def unsupported(state: DesiredState) -> list[str]:
     ranges = [s for s in state.services if s.has_source_ranges]
     if ranges:
         sentences.append(
-            "loadBalancerSourceRanges guard traffic that enters this node, not sockets on it: "
-            f"{names(ranges)}"
+            "loadBalancerSourceRanges refuse sockets on this node that are not bound to an address, whatever "
+            f"their address will be: {names(ranges)}"
+        )
+    empty = [s for s in state.services if s.frontends and not s.cluster.backends]
+    if empty:
+        sentences.append(
+            "without a usable backend, packets that enter this node are dropped, not rejected (sockets on it "
+            f"get ECONNREFUSED): {names(empty)}"
         )
     remote = [
         s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ebpfproxy.dataplane.bpf.layouts import BACKEND, SERVICE, SLOT_SIZE, U32
 
@@ -10,10 +10,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ebpfproxy.dataplane.bpf.tables import Table
-    from ebpfproxy.libbpf import Map
 
 
-def read_tables(maps: Mapping[str, Map]) -> dict[str, Table]:
+class Readable(Protocol):
+    """What reading needs of a map."""
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        """Return all entries of a hash or trie."""
+
+    def mmap(self) -> memoryview:
+        """Return the content of an array."""
+
+
+def read_tables(maps: Mapping[str, Readable]) -> dict[str, Table]:
     """Return what the maps hold, as ``Tables`` wants it."""
     have: dict[str, Table] = {
         name: dict(maps[name].items()) for name in ("services", "vips", "source_ranges", "local_sources")
