@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from packets.node import NODE_PORTS, SECOND_NS, UDP_IDLE_S, V4, V6, Family, Node
-from rig import kernel
 
 from ebpfproxy.libbpf import lib
 from ebpfproxy.loader import Loaded, LoadOptions, choose
 from ebpfproxy.loader.bcc import headers_problem
+from packets.node import NODE_PORTS, SECOND_NS, UDP_IDLE_S, V4, V6, Family, Node
+from rig import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,36 +33,38 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="session")
-def netns_cookie() -> int:
-    """The cookie of the network namespace that this test runs in (SO_NETNS_COOKIE, Linux 5.14)."""
-    import socket
+COOKIE = (
+    "import socket; print(int.from_bytes(socket.socket().getsockopt(socket.SOL_SOCKET, 71, 8), 'little'))"
+)
+"""Prints the cookie of its network namespace (SO_NETNS_COOKIE, Linux 5.14); Python has no name for it."""
 
-    with socket.socket() as any_socket:
-        return int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, 71, 8), "little")
+
+CONFIG = {
+    "node_port_min": NODE_PORTS[0],
+    "node_port_max": NODE_PORTS[1],
+    "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
+    "features": lib.FEATURE_SET_RETVAL,
+}
+
+
+@pytest.fixture(scope="session")
+def host(nothing_left: None) -> Iterator[kernel.Netns]:
+    """The node's own network namespace: nothing but loopback in it."""
+    with kernel.new_netns("host") as made:
+        yield made
 
 
 @pytest.fixture(scope="session", params=["libbpf", "bcc"])
-def programs(
-    request: pytest.FixtureRequest, nothing_left: None, netns_cookie: int
-) -> Iterator[Loaded]:
+def programs(request: pytest.FixtureRequest, host: kernel.Netns) -> Iterator[Loaded]:
     """The programs in the kernel."""
     with pytest.MonkeyPatch.context() as patch, kernel.new_bpffs() as bpffs:
         if request.param == "bcc" and headers_problem(os.environ):
-            made = subprocess.run([ROOT / "scripts/bcc-headers"], check=True, stdout=subprocess.PIPE, text=True)
+            script = [ROOT / "scripts/bcc-headers"]
+            made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
             patch.setenv("BCC_KERNEL_SOURCE", made.stdout.strip())
+        cookie = int(host.place().run(sys.executable, "-c", COOKIE).stdout)
         loaded = choose(request.param).load(
-            LoadOptions(
-                maps_dir=bpffs / "maps",
-                config={
-                    "node_port_min": NODE_PORTS[0],
-                    "node_port_max": NODE_PORTS[1],
-                    "host_netns": netns_cookie,
-                    "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
-                    "features": lib.FEATURE_SET_RETVAL,
-                },
-                sizes=SIZES,
-            )
+            LoadOptions(maps_dir=bpffs / "maps", config={**CONFIG, "host_netns": cookie}, sizes=SIZES)
         )
         try:
             yield loaded

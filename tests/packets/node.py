@@ -415,4 +415,5 @@ def translated(packet: Packet, **fields: Any) -> bytes:
             if copy.haslayer(each) and name in [f.name for f in copy[each].fields_desc]
         )
         setattr(copy[layer], name, value)
-    return raw(finished(copy))
+    data: bytes = raw(finished(copy))
+    return data

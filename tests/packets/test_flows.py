@@ -17,7 +17,6 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from packets.node import L4, Backend, Family, Node, finished, frame, translated
 from scapy.layers.inet import TCP, UDP
 from scapy.layers.sctp import (
     SCTP,
@@ -33,10 +32,12 @@ from scapy.layers.sctp import (
 from scapy.packet import raw
 
 from ebpfproxy.libbpf import lib
+from packets.node import L4, Backend, Family, Node, finished, frame, translated
 
 if TYPE_CHECKING:
-    from packets.node import Service
     from scapy.packet import Packet
+
+    from packets.node import Service
 
 pytestmark = pytest.mark.root
 
@@ -433,7 +434,7 @@ def test_a_reused_backend_id_is_another_backend(node: Node, family: Family) -> N
 
 
 def test_flows_of_a_retired_vip_go_on(node: Node, family: Family) -> None:
-    """vips without a kind: the Service is gone, its established connections are not."""
+    """Vips without a kind: the Service is gone, its established connections are not."""
     node.service(family.vip, 80, [family.backends[0]])
     syn = finished(frame(family, TCP(sport=5, dport=80, flags="S"), family.client, family.vip))
     ack = finished(frame(family, TCP(sport=5, dport=80, flags="A"), family.client, family.vip))

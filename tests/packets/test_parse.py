@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from packets.node import V4, V6, Family, Node, Outcome, finished, translated
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP, IPOption_RR
 from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
@@ -20,6 +19,8 @@ from scapy.layers.inet6 import (
 from scapy.layers.ipsec import AH
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw, raw
+
+from packets.node import V4, V6, Family, Node, Outcome, finished, translated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,10 @@ READ = [
     ),
     Shape(
         "an extension header of 2048 bytes",
-        ETHER / ip6() / IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(255))] * 7 + [PadN(optdata=bytes(245))]) / ASK,
+        ETHER
+        / ip6()
+        / IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(255))] * 7 + [PadN(optdata=bytes(245))])
+        / ASK,
     ),
     Shape("MAC address like IPv4", Ether(dst="46:00:00:00:00:01") / ip4() / SYN),
     Shape("MAC address like IPv6", Ether(dst="62:00:00:00:00:01") / ip6() / SYN),
@@ -144,13 +148,19 @@ LEFT_ALONE = [
     Alone("UDP-Lite", ETHER / ip4(proto=136) / Raw(raw(ASK)), "UNKNOWN_L4"),
     Alone("AH signs addresses", ETHER / ip4(proto=51) / AH(nh=6) / SYN, "UNKNOWN_L4"),
     Alone("AH, IPv6", ETHER / ip6(nh=51) / AH(nh=6) / SYN, "UNKNOWN_L4"),
-    Alone("waypoint of a route", ETHER / ip6() / IPv6ExtHdrRouting(type=EXPERIMENT, segleft=1) / SYN, "UNKNOWN_L4"),
+    Alone(
+        "waypoint of a route",
+        ETHER / ip6() / IPv6ExtHdrRouting(type=EXPERIMENT, segleft=1) / SYN,
+        "UNKNOWN_L4",
+    ),
     Alone("no next header", ETHER / ip6(nh=59), "UNKNOWN_L4"),
     Alone("more extension headers than six", ETHER / ip6() / chain(SIX) / SYN, "UNKNOWN_L4"),
     Alone("first fragment", ETHER / ip4(flags="MF") / ASK / Raw(bytes(64)), "FRAGMENT"),
     Alone("later fragment", ETHER / ip4(frag=8, proto=17) / Raw(bytes(64)), "FRAGMENT"),
     Alone("first fragment, IPv6", ETHER / ip6() / FRAGMENT(offset=0, m=1, nh=17) / ASK, "FRAGMENT"),
-    Alone("later fragment, IPv6", ETHER / ip6() / FRAGMENT(offset=8, m=0, nh=17) / Raw(bytes(64)), "FRAGMENT"),
+    Alone(
+        "later fragment, IPv6", ETHER / ip6() / FRAGMENT(offset=8, m=0, nh=17) / Raw(bytes(64)), "FRAGMENT"
+    ),
     Alone(
         "fragment behind options",
         ETHER / ip6() / IPv6ExtHdrHopByHop(options=PAD) / FRAGMENT(offset=8, nh=17) / Raw(bytes(64)),
@@ -168,7 +178,9 @@ LEFT_ALONE = [
     Alone("UDP header cut, IPv6", ETHER / ip6() / ASK, "TRUNCATED", cut=1),
     Alone("SCTP without a chunk", ETHER / ip4(proto=132) / Raw(bytes(12)), "TRUNCATED"),
     Alone("IPv6 says less than its UDP header", ETHER / ip6(plen=7) / ASK, "TRUNCATED"),
-    Alone("IPv6 says less than its option", ETHER / ip6(plen=7) / IPv6ExtHdrDestOpt(options=PAD), "TRUNCATED"),
+    Alone(
+        "IPv6 says less than its option", ETHER / ip6(plen=7) / IPv6ExtHdrDestOpt(options=PAD), "TRUNCATED"
+    ),
     Alone("extension header past the end", ETHER / ip6(nh=60) / Raw(bytes([17, 9, 0, 0])), "TRUNCATED"),
     Alone("wrong version", ETHER / ip4(version=5) / SYN, "TRUNCATED"),
     Alone("tag without a packet", Ether(type=0x8100) / Raw(b"\0\1"), "TRUNCATED"),

@@ -13,11 +13,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import pytest
-from packets.node import V4, Backend, Family, Node, finished, frame, packed
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
 from ebpfproxy.libbpf import lib
+from packets.node import V4, Backend, Family, Node, finished, frame, packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

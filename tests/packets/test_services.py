@@ -5,14 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from packets.node import Backend, Family, Node, finished, frame, number, struct_of, to_bytes, translated
-from packets.node import NODE_PORTS, PROTOCOLS, packed
 from scapy.layers.inet import TCP, UDP
 from scapy.packet import raw
 
-from ebpfproxy.errors import LoadError
-from ebpfproxy.libbpf import Map, Object, ffi, lib
+from ebpfproxy.libbpf import Map, Object, lib
 from ebpfproxy.loader import OBJECTS
+from packets.node import (
+    NODE_PORTS,
+    PROTOCOLS,
+    Family,
+    Node,
+    finished,
+    frame,
+    struct_of,
+    to_bytes,
+    translated,
+)
 
 pytestmark = pytest.mark.root
 
@@ -121,12 +129,15 @@ def test_established_connections_survive_an_empty_pool(node: Node, family: Famil
 
 
 #: Prefixes of the client's network, wide and narrow, by IP version.
-RANGES = {4: ("192.0.2.0/24", "192.0.2.7/32", "0.0.0.0/0"), 6: ("2001:db8:1::/48", "2001:db8:1::7/128", "::/0")}
+RANGES = {
+    4: ("192.0.2.0/24", "192.0.2.7/32", "0.0.0.0/0"),
+    6: ("2001:db8:1::/48", "2001:db8:1::7/128", "::/0"),
+}
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["network", "host", "everyone"])
 def test_source_ranges(node: Node, family: Family, which: int) -> None:
-    """loadBalancerSourceRanges guard the load-balancer VIP, not the cluster IP of the same service."""
+    """LoadBalancerSourceRanges guard the load-balancer VIP, not the cluster IP of the same service."""
     service = node.service(
         family.vip, PORT, [family.backends[0]], kind=lib.VIP_LOAD_BALANCER, flags=lib.SERVICE_SOURCE_RANGES
     )

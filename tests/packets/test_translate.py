@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from packets.node import L4, V4, Backend, Family, Node, finished, frame, translated
 from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
 from scapy.packet import Packet, raw
+
+from packets.node import L4, V4, Backend, Family, Node, finished, frame, translated
 
 pytestmark = pytest.mark.root
 
@@ -111,7 +112,9 @@ def test_wrong_checksums_stay_wrong(node: Node, family: Family) -> None:
 def test_l2_padding_is_not_summed(node: Node) -> None:
     """Ethernet pads short frames to 60 bytes: an SCTP checksum covers what IP says, not what the frame has."""
     node.service(V4.vip, 80, [V4.backends[0]], proto="SCTP")
-    request = finished(frame(V4, SCTP(sport=5, dport=80, tag=1) / SCTPChunkData(data=b"x"), V4.client, V4.vip))
+    request = finished(
+        frame(V4, SCTP(sport=5, dport=80, tag=1) / SCTPChunkData(data=b"x"), V4.client, V4.vip)
+    )
     start = finished(frame(V4, opening("SCTP", 5, 80), V4.client, V4.vip))
     assert node.ingress(start).verdict == "NEW"
     padding = bytes(range(20))
