@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rig import leaks
+from rig import leaks, process
 from rig.agent import Agent
 from rig.probe import Probe
 from rig.servers import name_servers
@@ -65,8 +65,10 @@ def main() -> int:
     status = 0
     try:
         with ExitStack() as made:
-            made.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing interrupts the clean-up
-            demo(made)
+            try:
+                demo(made)
+            finally:  # nothing interrupts the clean-up
+                ignore_signals()
     except KeyboardInterrupt:
         print("\ninterrupted")
         status = 130
@@ -80,7 +82,9 @@ def main() -> int:
 
 def demo(made: ExitStack) -> None:
     """Show it, and raise DemoError when it is not as it should be."""
+    leaks.sweep()
     net = made.enter_context(Topology(pod_count=3))
+    made.callback(end_processes)  # those of a start that was interrupted too
     made.enter_context(name_servers([(pod.name, pod.place) for pod in net.pods], 8080, 8081))
     say("made", f"a node ({NODE_IPS[0]}), a client outside ({OUTSIDE_IPS[0]}), an HTTP server in each of")
     say("", ", ".join(f"{pod.name} ({pod.v4})" for pod in net.pods))
@@ -123,6 +127,18 @@ def demo(made: ExitStack) -> None:
     heading("ebpfproxy backends web")
     print(agent.cli("backends", "web", "--bpffs", net.bpffs).stdout.rstrip())
     print()
+
+
+def ignore_signals() -> None:
+    """Let nothing interrupt what follows."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_processes() -> None:
+    """End everything that was started."""
+    for each in [*process.running]:
+        each.stop()
 
 
 def ask_all(probes: dict[str, Probe], removed: Collection[str]) -> None:

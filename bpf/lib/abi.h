@@ -7,6 +7,8 @@
  * byte named and always zero, no bit-fields, no #define values, no attributes. Include guards are the
  * only preprocessor lines. Enums are append-only: the numbers are stored in pinned maps.
  */
+/* The columns of meanings are set by hand. */
+/* clang-format off */
 #ifndef EBPFPROXY_ABI_H
 #define EBPFPROXY_ABI_H
 
