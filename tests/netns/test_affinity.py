@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe

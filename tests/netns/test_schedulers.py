@@ -9,7 +9,6 @@ from socket import SO_LINGER, SOCK_STREAM, SOL_SOCKET
 from typing import TYPE_CHECKING
 
 import pytest
-
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe

@@ -7,7 +7,6 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-
 from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS
 
 from . import catalogue as known

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-
 from rig.agent import Agent
 from rig.objects import endpoint_slice, service
 from rig.probe import Probe
@@ -128,6 +127,8 @@ def test_wrong_object_does_no_harm_to_others(net: Topology, agent: Agent) -> Non
 
 def test_agent_restarts_on_a_half_written_manifest(net: Topology, agent: Agent) -> None:
     with agent, Probe(net.on_node) as probe:
+        copies = agent.state_dir / "last-good"
+        eventually(lambda: copies.is_dir() and any(copies.iterdir()), "the last good copy")
         agent.kill()
         text = (agent.manifests / "objects.json").read_text()
         (agent.manifests / "objects.json").write_text(text[:100])
