@@ -14,10 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from rig.agent import Agent
-from rig.probe import Probe
-from rig.servers import name_servers
-from rig.topology import Topology
 
 from ebpfproxy import config, documents, status
 from ebpfproxy.cli import nouns, output, parser
@@ -25,6 +21,10 @@ from ebpfproxy.cli.exit_codes import ExitCode
 from ebpfproxy.cli.main import main
 from ebpfproxy.cli.output import Column
 from ebpfproxy.cli.run import options
+from rig.agent import Agent
+from rig.probe import Probe
+from rig.servers import name_servers
+from rig.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
