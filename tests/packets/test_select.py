@@ -1,7 +1,7 @@
 """Who gets a new connection: the ten schedulers and session affinity, against expectations of their own.
 
-Sources: ipvsadm(8) and the LVS documentation for the schedulers of IPVS; Eisenbud et al., "Maglev", NSDI 2016;
-Kubernetes' description of sessionAffinity.
+Sources: ipvsadm(8) and the LVS documentation for the schedulers of IPVS; Eisenbud et al., "Maglev", NSDI
+2016; Kubernetes' description of sessionAffinity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ebpfproxy.libbpf import lib
 from packets.node import V4, Backend, Family, Node, finished, frame, packed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 pytestmark = pytest.mark.root
 
@@ -198,18 +198,19 @@ def test_maglev_finds_a_connection_that_another_node_began(node: Node, family: F
         node.forget_flows()
         ack = finished(frame(family, TCP(sport=sport, dport=PORT, flags="A"), family.client, family.vip))
         verdict, arrived = node.ingress(ack)
+        assert arrived is not None
         assert (verdict, arrived[layer].dst) == ("NEW", began)
 
 
 # ---- least connections and its kin ----
 
 WEIGHTS = (4, 2, 1)
-COSTS = {
+COSTS: dict[int, Callable[[int, int], Fraction]] = {
     lib.SCHED_LC: lambda open_, weight: Fraction(open_),
-    lib.SCHED_WLC: lambda open_, weight: Fraction(open_, weight),
+    lib.SCHED_WLC: Fraction,
     lib.SCHED_SED: lambda open_, weight: Fraction(open_ + 1, weight),
-    # "assigns jobs to an idle server if there is, instead of waiting for a fast one; ... if all servers are busy,
-    # it adopts the Shortest Expected Delay policy" (ipvsadm(8))
+    # "assigns jobs to an idle server if there is, instead of waiting for a fast one; ... if all servers are
+    # busy, it adopts the Shortest Expected Delay policy" (ipvsadm(8))
     lib.SCHED_NQ: lambda open_, weight: Fraction(open_ + 1, weight) if open_ else Fraction(0),
 }
 
@@ -230,7 +231,7 @@ def test_lowest_cost(node: Node, family: Family, scheduler: int) -> None:
 BY_HAND = {
     lib.SCHED_LC: "ABCABC",
     lib.SCHED_WLC: "ABCAAB",  # 0/4 0/2 0/1 | 1/4 | 2/4 1/2: equal, A first | 3/4 1/2
-    lib.SCHED_SED: "AABAABC",  # 1/4 | 2/4 1/2: A first | 3/4 1/2 | 3/4 | 4/4 2/2 1/1: A | 5/4 2/2 | 5/4 3/2 1/1
+    lib.SCHED_SED: "AABAABC",  # 1/4 | 2/4 1/2: A first | 3/4 1/2 | 3/4 | 4/4 2/2 1/1: A | 5/4 2/2 | 5/4 3/2 1
     lib.SCHED_NQ: "ABCAA",  # each idle one | (1+1)/4 | (2+1)/4
 }
 
@@ -318,7 +319,6 @@ def test_affinity_ends(sticky: Node, family: Family) -> None:
 def test_the_longest_timeout(node: Node, family: Family) -> None:
     """86400 s (API validation): must not overflow on the way to nanoseconds."""
     node.service(family.vip, PORT, family.backends, affinity_s=86400)
-    # Remembered as of the machine's start at the earliest; it has been up less than a day, or it has not.
     assert connect(node, family, 1) == family.backends[0]
     node.wait(30)
     assert connect(node, family, 2) == family.backends[0]

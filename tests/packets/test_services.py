@@ -191,7 +191,7 @@ def test_rewrite_failed(node: Node, family: Family) -> None:
 
 
 def test_map_full(node: Node, family: Family) -> None:
-    """An LRU map makes room by itself; one that can't (a hash with a single entry stands in) refuses the flow."""
+    """An LRU map makes room by itself; one that can't (a small hash stands in) refuses the flow."""
     definition = node.map("conntrack").definition
     full = Map.create(definition._replace(type=lib.BPF_MAP_TYPE_HASH, max_entries=1, name="full"))
     with full, Object(OBJECTS / "tc_lb.bpf.o") as programs:

@@ -7,30 +7,29 @@ Real sockets in a cgroup and network namespace of their own. Backends are two se
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from socket import AF_INET, AF_INET6, SOCK_DGRAM, SOCK_STREAM
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from packets.conftest import CONFIG
-from packets.node import V4, V6, Backend, Family, Node
-from rig import kernel
-from rig.probe import Probe
-from rig.servers import name_servers
 
 from ebpfproxy.libbpf import Link, Map, Object, lib
 from ebpfproxy.loader import OBJECTS
+from packets.conftest import CONFIG
+from packets.node import V4, V6, Backend, Family, Node
+from rig.probe import Probe
+from rig.servers import name_servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from ebpfproxy.libbpf import Program
     from ebpfproxy.loader import Loaded
+    from rig import kernel
 
 pytestmark = pytest.mark.root
 
@@ -331,7 +330,7 @@ def test_without_bpf_set_retval(node: Node, host: kernel.Netns, servers: None, c
 
 
 def test_map_full(node: Node, host: kernel.Netns, servers: None, cgroup: Path) -> None:
-    """A map without room (a hash with no eviction stands in): the connection is refused, nothing is counted."""
+    """A map without room (a small hash stands in): the connection is refused, nothing is counted."""
     service = node.service(V4.vip, PORT, [Backend("127.0.0.1", BACKEND_PORTS["A"])])
     definition = node.map("sockets").definition
     full = Map.create(definition._replace(type=lib.BPF_MAP_TYPE_HASH, max_entries=1, name="full"))
@@ -452,9 +451,12 @@ def test_bind(node: Node, probe: Probe, bind: Bind) -> None:
 def test_bind_in_a_pod(node: Node, programs: Loaded, netns: kernel.Netns, cgroup: Path) -> None:
     """A pod's ports are its own."""
     node_ports(node)
-    with attached(list(programs.programs.values()), cgroup), Probe(netns.place(cgroup)) as pod:
-        with pod.socket(SOCK_STREAM) as server:
-            server.bind("0.0.0.0", NODE_PORT)
+    with (
+        attached(list(programs.programs.values()), cgroup),
+        Probe(netns.place(cgroup)) as pod,
+        pod.socket(SOCK_STREAM) as server,
+    ):
+        server.bind("0.0.0.0", NODE_PORT)
 
 
 def test_bind_to_an_address_without_node_ports(node: Node, probe: Probe) -> None:
@@ -536,7 +538,7 @@ print(client.recv(4096).split(b"\\r\\n\\r\\n")[1].split()[0].decode())
 
 
 def test_mptcp(node: Node, probe: Probe) -> None:
-    if not os.path.exists("/proc/sys/net/mptcp/enabled"):
+    if not Path("/proc/sys/net/mptcp/enabled").exists():
         pytest.skip("this kernel has no MPTCP")
     node.service(V4.vip, PORT, backends(SIDES[0], "A"))
     script = MPTCP.format(vip=V4.vip, port=PORT)

@@ -110,7 +110,7 @@ def test_wrong_checksums_stay_wrong(node: Node, family: Family) -> None:
 
 
 def test_l2_padding_is_not_summed(node: Node) -> None:
-    """Ethernet pads short frames to 60 bytes: an SCTP checksum covers what IP says, not what the frame has."""
+    """Ethernet pads short frames: an SCTP checksum covers what IP says, not what the frame has."""
     node.service(V4.vip, 80, [V4.backends[0]], proto="SCTP")
     request = finished(
         frame(V4, SCTP(sport=5, dport=80, tag=1) / SCTPChunkData(data=b"x"), V4.client, V4.vip)

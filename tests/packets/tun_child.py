@@ -1,0 +1,52 @@
+"""A tun device with tc_ingress and tc_egress attached, one UDP packet in, one out. Runs in a namespace.
+
+Usage: tun_child.py INGRESS-PIN EGRESS-PIN ROUTE... < packets. Each packet is a line of hexadecimal digits;
+what leaves the device is printed likewise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+
+from ebpfproxy.libbpf import TCX_EGRESS, TCX_INGRESS, Link, Program
+
+TUNSETIFF = 0x400454CA  # linux/if_tun.h
+IFF_TUN, IFF_NO_PI = 1, 0x1000
+DEVICE = "tun0"
+TIMEOUT_S = 5
+
+
+def main() -> None:
+    ingress, egress, *routes = sys.argv[1:]
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
+    commands = ["echo 1 > /proc/sys/net/ipv4/ip_forward", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding"]
+    commands += [f"ip link set {DEVICE} up", *(f"ip route add {route} dev {DEVICE}" for route in routes)]
+    subprocess.run(["sh", "-e", "-c", "\n".join(commands)], check=True)
+    index = socket.if_nametoindex(DEVICE)
+    with (
+        Link.attach_tcx(Program.open(ingress), index, TCX_INGRESS),
+        Link.attach_tcx(Program.open(egress), index, TCX_EGRESS),
+    ):
+        for line in sys.stdin:
+            packet = bytes.fromhex(line)
+            os.write(tun, packet)
+            while True:
+                readable, _, _ = select.select([tun], [], [], TIMEOUT_S)
+                if not readable:
+                    sys.exit("nothing came back")
+                answer = os.read(tun, 65536)
+                # The kernel also sends ICMP: that there is a shorter way, as both are behind one device.
+                if answer[9 if answer[0] >> 4 == 4 else 6] == socket.IPPROTO_UDP:
+                    print(answer.hex(), flush=True)
+                    break
+
+
+if __name__ == "__main__":
+    main()
