@@ -1,0 +1,207 @@
+"""Runs the benchmarks and prints their figures; as root, on a machine that does nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from benchmarks import state
+from benchmarks.figures import spread
+from rig import leaks
+from rig.agent import Agent
+from rig.names import temporary_directory
+from rig.objects import endpoint_slice, service
+from rig.process import HERE
+from rig.topology import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PORT = 8080
+CLIENT_FLAGS = ["-O2", "-Wall", "-Wextra", "-Werror"]
+
+
+@contextlib.contextmanager
+def connect_program() -> Iterator[Path]:
+    """Compile connect.c."""
+    directory = temporary_directory("connect")
+    try:
+        compiler = next(name for name in ("clang-18", "clang-16", "clang", "gcc") if _has(name))
+        binary = directory / "connect"
+        HERE.run(compiler, *CLIENT_FLAGS, "-o", binary, Path(__file__).with_name("connect.c"))
+        yield binary
+    finally:
+        HERE.run("rm", "-rf", directory)
+
+
+def _has(program: str) -> bool:
+    return HERE.run("sh", "-c", 'command -v "$0"', program, check=False).returncode == 0
+
+
+def scale(net: Topology, options: argparse.Namespace, first: list[str]) -> dict[str, Any]:
+    """Load the node and measure the control plane there; what is programmed stays."""
+    flags = {
+        "--bpffs": net.bpffs,
+        "--cgroup": net.cgroup,
+        "--port": PORT,
+        "--services": options.services,
+        "--backends": options.backends,
+        "--changes": options.changes,
+        "--repeat": options.repeat,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scale",
+        *map(str, chain.from_iterable(flags.items())),
+        *first,
+    ]
+    result = net.on_node_bare.run(*command, *first, timeout_s=600)
+    figures: dict[str, Any] = json.loads(result.stdout)
+    return figures
+
+
+def connections(net: Topology, options: argparse.Namespace, first: list[str]) -> dict[str, Any]:
+    """Connect to a VIP, to its backends, and to its backends from outside the cgroup, in turns."""
+    pod = net.pods[0]
+    with connect_program() as program, pod.place.start(program, "serve", str(PORT), pipes=True) as server:
+        assert server.stdout.readline(), server.output()
+        turns = {
+            "VIP": (net.on_node, [str(state.PORT), state.vip(1)]),
+            "direct": (net.on_node_bare, [str(PORT), *first]),
+            "direct, in the cgroup": (net.on_node, [str(PORT), *first]),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(options.rounds + 1):
+            # Another one begins each time; the first round only warms up.
+            names = list(turns)[number % 3 :] + list(turns)[: number % 3]
+            for name in names:
+                place, target = turns[name]
+                done, took_ns = map(
+                    int, place.run(program, "load", str(options.milliseconds), *target).stdout.split()
+                )
+                if number:
+                    rates[name].append(done * 1e9 / took_ns)
+    ratios = {
+        f"ratio to {name}": spread([a / b for a, b in zip(rates["VIP"], rates[name], strict=True)])
+        for name in turns
+        if name != "VIP"
+    }
+    return {
+        **{f"{name}, per second": spread(values) for name, values in rates.items()},
+        **ratios,
+    }
+
+
+def starts(options: argparse.Namespace) -> dict[str, Any]:
+    """Start the agent on an empty node, and again after it was killed, until its Service is programmed."""
+    first: list[float] = []
+    again: list[float] = []
+    for _ in range(options.starts):
+        with Topology(pod_count=1) as net:
+            agent = Agent(net)
+            agent.write(service("web", 80, ips=["10.96.0.10"]), endpoint_slice("web", [net.pods[0].v4], PORT))
+            for samples in (first, again):
+                begin = time.perf_counter()
+                agent.start()
+                samples.append(time.perf_counter() - begin)
+                agent.kill()
+            agent.stop()
+    return {"first start, s": spread(first), "restart, s": spread(again)}
+
+
+def reading(net: Topology, options: argparse.Namespace) -> dict[str, Any]:
+    """Time reading commands against the maps that are full of Services."""
+    figures = {}
+    for noun in ("services", "backends", "maps", "status"):
+        samples = []
+        for _ in range(options.starts):
+            begin = time.perf_counter()
+            net.on_node_bare.run(sys.executable, "-m", "ebpfproxy", noun, "--bpffs", net.bpffs, check=False)
+            samples.append(time.perf_counter() - begin)
+        figures[f"{noun}, s"] = spread(samples)
+    return figures
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "kernel": platform.release(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures for people: a median with its quartiles, or one number."""
+    rows = []
+    for group, values in figures.items():
+        for name, value in values.items():
+            rows.append([group, name, *_cells(value)])
+    return str(tabulate(rows, ["", "", "median", "quartiles"], "plain", disable_numparse=True))
+
+
+def _cells(value: Any) -> list[str]:
+    if isinstance(value, list | tuple):
+        middle, low, high = value
+        return [_number(middle), f"{_number(low)} .. {_number(high)}"]
+    return [_number(value), ""]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def main() -> int:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("only", nargs="*", help="scale, connections, starts, reading (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--services", type=int, default=10_000)
+    parser.add_argument("--backends", type=int, default=10, help="of each Service")
+    parser.add_argument("--changes", type=int, default=400, help="of one endpoint")
+    parser.add_argument("--repeat", type=int, default=1_000_000, help="of a packet, in a round")
+    parser.add_argument("--rounds", type=int, default=80, help="of connections")
+    parser.add_argument("--milliseconds", type=int, default=100, help="of connections in a turn")
+    parser.add_argument("--starts", type=int, default=7, help="of the agent and of commands")
+    options = parser.parse_args()
+    wanted = options.only or ["scale", "connections", "starts", "reading"]
+    figures: dict[str, Any] = {"machine": machine()}
+    try:
+        with Topology(pod_count=1) as net:
+            first = [f"10.245.0.{number}" for number in range(1, options.backends + 1)]
+            net.pods[0].netns.shell("".join(f"ip addr add {each}/32 dev lo\n" for each in first))
+            net.node.shell(f"ip route add 10.245.0.0/24 via {net.pods[0].v4}")
+            if {"scale", "connections", "reading"} & set(wanted):
+                figures |= scale(net, options, first)
+            if "connections" in wanted:
+                figures["connections"] = connections(net, options, first)
+            if "reading" in wanted:
+                figures["reading"] = reading(net, options)
+        if "starts" in wanted:
+            figures["start"] = starts(options)
+    except (AssertionError, subprocess.SubprocessError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    left = leaks.find()
+    assert not left, left
+    print(json.dumps(figures, indent=2) if options.json else table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
