@@ -177,22 +177,6 @@ static __always_inline enum verdict send_datagram(void *ctx, struct call *call)
 	return begin(service, call, &flow, verdict);
 }
 
-static __always_inline enum verdict receive_datagram(struct call *call)
-{
-	struct socket_flow *flow;
-	struct socket_key key;
-
-	if (call->proto != IPPROTO_UDP)
-		return VERDICT_NOT_OURS;
-	peer_key(&key, call->cookie, SOCKET_FROM_BACKEND, &call->addr, call->port);
-	flow = map_lookup(sockets, &key);
-	if (!flow)
-		return VERDICT_NOT_OURS;
-	call->addr = flow->vip;
-	call->port = flow->vip_port;
-	return VERDICT_REPLY;
-}
-
 static __always_inline enum verdict name_peer(struct call *call)
 {
 	struct socket_flow *flow;
@@ -202,6 +186,25 @@ static __always_inline enum verdict name_peer(struct call *call)
 	flow = map_lookup(sockets, &key);
 	if (!flow || !is_to(flow, &call->addr, call->port))
 		return VERDICT_NOT_OURS;
+	call->addr = flow->vip;
+	call->port = flow->vip_port;
+	return VERDICT_REPLY;
+}
+
+static __always_inline enum verdict receive_datagram(struct call *call)
+{
+	struct socket_flow *flow;
+	struct socket_key key;
+
+	if (call->proto != IPPROTO_UDP)
+		return VERDICT_NOT_OURS;
+	if (call->is_connected)
+		return name_peer(call);
+	peer_key(&key, call->cookie, SOCKET_FROM_BACKEND, &call->addr, call->port);
+	flow = map_lookup(sockets, &key);
+	if (!flow)
+		return VERDICT_NOT_OURS;
+	touch_pair(call->cookie, flow, bpf_ktime_get_ns());
 	call->addr = flow->vip;
 	call->port = flow->vip_port;
 	return VERDICT_REPLY;

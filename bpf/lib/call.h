@@ -17,6 +17,7 @@ struct call {
 	__be16 port;
 	__be16 source_port; /* 0 = not bound */
 	__u8 proto; /* IPPROTO_TCP | IPPROTO_UDP */
+	__u8 is_connected; /* UDP: the kernel lets one peer only answer */
 };
 
 /* Our name of a socket's protocol; 0 = not ours. */
@@ -34,6 +35,7 @@ static __always_inline void read_call(struct bpf_sock_addr *ctx, struct call *ca
 	call->cookie = bpf_get_socket_cookie(ctx);
 	call->port = (__be16)ctx->user_port;
 	call->proto = protocol_of(ctx->protocol);
+	call->is_connected = sk && sk->state == BPF_TCP_ESTABLISHED;
 	call->source_port = sk ? bpf_htons(sk->src_port) : 0;
 }
 

@@ -4,7 +4,7 @@
  *
  *	CONNECTED	the VIP and backend of a connected socket; lives until it closes or connects anew
  *	TO_VIP		the backend that an unconnected UDP socket was given for a VIP
- *	FROM_BACKEND	the VIP that a UDP socket must see when this backend answers
+ *	FROM_BACKEND	the VIP that an unconnected UDP socket must see when this backend answers
  *
  * The last two end by eviction or by the agent's expiry: nobody can name them when the socket closes.
  */
@@ -48,6 +48,13 @@ static __always_inline bool is_for(const struct socket_flow *flow, const struct 
 	return flow->vip_port == port && addr_equal(&flow->vip, addr);
 }
 
+static __always_inline void touch_socket(struct socket_flow *flow, __u64 now)
+{
+	/* Signed: another CPU may have been here later. */
+	if ((__s64)(now - flow->last_used_ns) >= (__s64)SOCKET_TOUCH_NS)
+		flow->last_used_ns = now;
+}
+
 /* Makes recvmsg show the VIP of `flow`. Looked up first: a socket sends often and changes its backend rarely. */
 static __always_inline long remember_reply(__u64 cookie, const struct socket_flow *flow)
 {
@@ -56,15 +63,32 @@ static __always_inline long remember_reply(__u64 cookie, const struct socket_flo
 
 	peer_key(&key, cookie, SOCKET_FROM_BACKEND, &flow->backend_addr, flow->backend_port);
 	known = map_lookup(sockets, &key);
-	if (known && is_for(known, &flow->vip, flow->vip_port))
+	if (known && is_for(known, &flow->vip, flow->vip_port)) {
+		touch_socket(known, flow->last_used_ns);
 		return 0;
+	}
 	return map_update(sockets, &key, flow, BPF_ANY);
+}
+
+/* An answer came: neither entry of the pair is idle. */
+static __always_inline void touch_pair(__u64 cookie, struct socket_flow *reply, __u64 now)
+{
+	struct socket_key key;
+	struct socket_flow *flow;
+
+	if ((__s64)(now - reply->last_used_ns) < (__s64)SOCKET_TOUCH_NS)
+		return;
+	reply->last_used_ns = now;
+	peer_key(&key, cookie, SOCKET_TO_VIP, &reply->vip, reply->vip_port);
+	flow = map_lookup(sockets, &key);
+	if (flow)
+		touch_socket(flow, now);
 }
 
 /* Ends what an earlier connect() of the socket began; true if there was anything. The delete decides who counts. */
 static __always_inline bool forget_connection(__u64 cookie, __u8 proto)
 {
-	struct socket_key key, reply;
+	struct socket_key key;
 	struct socket_flow *flow;
 	__u32 backend;
 
@@ -73,12 +97,9 @@ static __always_inline bool forget_connection(__u64 cookie, __u8 proto)
 	if (!flow)
 		return false;
 	backend = flow->backend;
-	peer_key(&reply, cookie, SOCKET_FROM_BACKEND, &flow->backend_addr, flow->backend_port);
 	if (map_delete(sockets, &key))
 		return false;
 	close_backend(backend);
-	if (proto == IPPROTO_UDP)
-		map_delete(sockets, &reply);
 	return true;
 }
 
@@ -88,10 +109,7 @@ static __always_inline enum verdict remember_connection(const struct call *call,
 	struct socket_key key;
 
 	connected_key(&key, call->cookie, call->proto);
-	if (map_update(sockets, &key, flow, BPF_ANY) ||
-	    (call->proto == IPPROTO_UDP && remember_reply(call->cookie, flow)))
-		return VERDICT_MAP_FULL;
-	return VERDICT_CONTINUE;
+	return map_update(sockets, &key, flow, BPF_ANY) ? VERDICT_MAP_FULL : VERDICT_CONTINUE;
 }
 
 static __always_inline enum verdict remember_peer(const struct call *call,
@@ -125,8 +143,7 @@ static __always_inline struct socket_flow *known_peer(const struct call *call, _
 	flow = map_lookup(sockets, &key);
 	if (flow) {
 		if (now - flow->last_used_ns < config.udp_idle_ns && may_stay(flow, service)) {
-			if (now - flow->last_used_ns >= SOCKET_TOUCH_NS)
-				flow->last_used_ns = now;
+			touch_socket(flow, now);
 			return flow;
 		}
 		close_backend(flow->backend);

@@ -20,7 +20,7 @@ import pytest
 from ebpfproxy.libbpf import Link, Map, Object, lib
 from ebpfproxy.loader import OBJECTS
 from packets.conftest import CONFIG
-from packets.node import V4, V6, Backend, Family, Node
+from packets.node import SECOND_NS, V4, V6, Backend, Family, Node
 from rig.probe import Probe
 from rig.servers import name_servers
 
@@ -212,6 +212,31 @@ def test_udp_after_silence(node: Node, probe: Probe, side: Side) -> None:
         node.wait(61)
         assert ask(client, side)[0] == "B"
         assert opened(node, service.backends) == [0, 1]
+
+
+def test_answers_keep_a_flow_alive(node: Node, probe: Probe, side: Side) -> None:
+    """A stream that only comes in is traffic too, and what the agent finds idle it removes."""
+    node.service(side.family.vip, PORT, backends(side), proto="UDP")
+    with probe.socket(SOCK_DGRAM, side.af) as client:
+        client.sendto(b"?", side.vip, PORT)
+        node.wait(59)
+        assert client.recvfrom()[1] == (side.vip, PORT)
+        node.wait(59)
+        ages = {flow.last_used_ns for _, flow in node.sockets()}
+        assert len(node.sockets()) == 2
+        assert max(ages) - min(ages) < SECOND_NS  # both entries were touched
+        assert ask(client, side)[0] == "A"
+
+
+def test_a_connected_udp_socket_needs_no_traffic(node: Node, probe: Probe, side: Side) -> None:
+    """Its one entry lives as long as the socket: the agent expires the two other kinds only."""
+    node.service(side.family.vip, PORT, backends(side), proto="UDP")
+    with probe.socket(SOCK_DGRAM, side.af) as client:
+        client.connect(side.vip, PORT)
+        assert [key.kind for key, _ in node.sockets()] == [lib.SOCKET_CONNECTED]
+        node.wait(1000)
+        client.send(b"?")
+        assert client.recvfrom()[1] == (side.vip, PORT)
 
 
 @pytest.mark.parametrize("state", [lib.BACKEND_NOT_READY, lib.BACKEND_GONE, lib.BACKEND_FREE])
