@@ -249,8 +249,18 @@ def list_filters(prefix: str) -> list[Filter]:
 
 
 def remove_filter(filter_: Filter) -> None:
-    """Remove a filter of ours, and the clsact qdisc if it held nothing else."""
+    """Remove a filter of ours; its clsact qdisc stays."""
     with _iproute(f"remove filter {filter_.name} from device {filter_.device}") as route:
         route.tc("del-filter", "bpf", filter_.device, 0, parent=filter_.parent, prio=_FILTER_PRIO)
-        if not any(list(route.get_filters(index=filter_.device, parent=p)) for p in (INGRESS, EGRESS)):
-            route.tc("del", "clsact", filter_.device)
+
+
+def remove_empty_clsact(device: int) -> bool:
+    """Remove a device's clsact qdisc unless it holds filters; return whether it was there and empty."""
+    with _iproute(f"remove clsact from device {device}") as route:
+        kinds = [entry.get("kind") for entry in route.get_qdiscs(index=device)]
+        if "clsact" not in kinds or any(
+            list(route.get_filters(index=device, parent=parent)) for parent in (INGRESS, EGRESS)
+        ):
+            return False
+        route.tc("del", "clsact", device)
+        return True

@@ -263,6 +263,17 @@ class TestDevices:
         cleanup(options.bpffs)
         assert "clsact" not in inside.shell("tc qdisc show dev v0")
 
+    def test_a_qdisc_of_others_stays_though_empty(self, options: BpfOptions, inside: Netns) -> None:
+        add_device(inside, "v0")
+        inside.shell("tc qdisc add dev v0 clsact")
+        with running(replace(options, use_tcx=False)):
+            pass
+        with running(replace(options, use_tcx=False)):  # a restart does not mistake it for ours
+            pass
+        cleanup(options.bpffs)
+        assert "ebpfproxy" not in inside.shell("tc filter show dev v0 ingress")
+        assert "clsact" in inside.shell("tc qdisc show dev v0")
+
     def test_links_follow_filters(self, options: BpfOptions, inside: Netns) -> None:
         """The kernel was upgraded to one with tcx: no packet may be translated twice."""
         add_device(inside, "v0")

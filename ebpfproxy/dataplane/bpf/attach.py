@@ -45,6 +45,8 @@ DEVICE_PROGRAMS = {
 SO_NETNS_COOKIE = 71
 #: Our filters' names start so: cleanup knows them by it.
 FILTER_PREFIX = "ebpfproxy_"
+#: Directory beside the links' pins: which devices had no clsact qdisc before us.
+QDISC_MARKS = "clsact"
 
 
 def netns_cookie() -> int:
@@ -172,7 +174,8 @@ class Attachments:
         program = self._programs[program_name]
         path = self._links / pin_name(program_name, device)
         if not self._use_tcx:
-            netlink.set_filter(index, parent, program.fd, f"{FILTER_PREFIX}{program_name}")
+            if netlink.set_filter(index, parent, program.fd, f"{FILTER_PREFIX}{program_name}"):
+                self._note_qdisc(program, device)
             path.unlink(missing_ok=True)  # of a run that used links
             return
 
@@ -182,6 +185,16 @@ class Attachments:
 
         if not _swap(path, program, is_ours):
             _pin(Link.attach_tcx(program, index, attach_type), path)
+
+    def _note_qdisc(self, program: Program, device: str) -> None:
+        """Leave a mark, for whoever removes the filters, that the qdisc came with them.
+
+        The mark is a pin: it goes with the kernel's state, as the qdisc does, and needs no file elsewhere.
+        """
+        mark = self._links.with_name(QDISC_MARKS) / pin_name("clsact", device)
+        mark.parent.mkdir(exist_ok=True)
+        mark.unlink(missing_ok=True)
+        program.pin(mark)
 
     def _detach_others(self, wanted: Mapping[str, int]) -> None:
         """Drop the pins of devices that are gone or no longer wanted; a link dies with its last pin."""
@@ -196,9 +209,31 @@ class Attachments:
 
     def _remove_filters(self, keep: AbstractSet[int]) -> None:
         """Remove the filters of an earlier run from all devices but these."""
-        for found in netlink.list_filters(FILTER_PREFIX):
-            if found.device not in keep:
-                netlink.remove_filter(found)
+        remove_filters(self._links.with_name(QDISC_MARKS), keep)
+
+
+def remove_filters(marks: Path, keep: AbstractSet[int] = frozenset()) -> list[str]:
+    """Remove our filters from all devices but ``keep`` (indexes), and the qdiscs that were added for them.
+
+    Args:
+        marks: directory of the marks that ``Attachments`` left beside the links.
+        keep: indexes of devices.
+
+    Returns:
+        One line for each filter.
+    """
+    devices = {device.number: device.name for device in netlink.devices()}
+    removed = []
+    for found in netlink.list_filters(FILTER_PREFIX):
+        if found.device not in keep:
+            netlink.remove_filter(found)
+            removed.append(f"filter {found.name} on device {devices.get(found.device, found.device)}")
+    for number, name in devices.items():
+        mark = marks / pin_name("clsact", name)
+        if number not in keep and mark.exists():
+            netlink.remove_empty_clsact(number)
+            mark.unlink()
+    return removed
 
 
 def _device_pins(links: Path) -> Iterable[Path]:

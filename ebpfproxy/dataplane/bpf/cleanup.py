@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from ebpfproxy import netlink
-from ebpfproxy.dataplane.bpf.attach import FILTER_PREFIX
+from ebpfproxy.dataplane.bpf.attach import QDISC_MARKS, remove_filters
 from ebpfproxy.errors import KernelError
 
 if TYPE_CHECKING:
@@ -30,13 +29,11 @@ def cleanup(bpffs: Path) -> list[str]:
     """
     removed = []
     root = bpffs / "ebpfproxy"
-    for name in ("links", "maps", "maps-new", "maps-old"):
+    removed += _remove_tree(root / "links")
+    removed += remove_filters(root / QDISC_MARKS)
+    for name in (QDISC_MARKS, "maps", "maps-new", "maps-old"):
         removed += _remove_tree(root / name)
     _remove_directory(root)
-    devices = {device.number: device.name for device in netlink.devices()}
-    for found in netlink.list_filters(FILTER_PREFIX):
-        netlink.remove_filter(found)
-        removed.append(f"filter {found.name} on device {devices.get(found.device, found.device)}")
     return removed
 
 
