@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe

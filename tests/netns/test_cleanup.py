@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+
+from ebpfproxy.libbpf import Link, Program, lib
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
-
-from ebpfproxy.libbpf import Link, Program, lib
 
 from . import catalogue as known
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rig import leaks
 from rig.process import HERE
 from rig.wait import eventually

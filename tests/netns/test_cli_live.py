@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
+
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe

@@ -7,6 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig import kernel, leaks
 from rig.probe import Load, Probe
 from rig.process import Place

@@ -9,6 +9,7 @@ from socket import SO_LINGER, SOCK_STREAM, SOL_SOCKET
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
@@ -154,7 +155,7 @@ def test_maglev_spreads_flows(probes: dict[str, Probe]) -> None:
 def test_maglev_gives_one_flow_one_backend(probes: dict[str, Probe]) -> None:
     """The same five-tuple again, after the first connection is closed."""
     names = set()
-    bind = (client("outside", 9)[0], 40000)
+    bind = (client("outside", 9)[0], 20001)  # below the ports that others are given
     for _ in range(4):
         with probes["outside"].socket(SOCK_STREAM, bind=bind, options=[RESET]) as connection:
             connection.connect(vip("maglev", False), 80)

@@ -7,6 +7,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
 from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS
 
 from . import catalogue as known
@@ -218,7 +219,7 @@ def test_connection_stays_with_its_backend(world: World, family: int) -> None:
 def test_closed_connection_does_not_disturb_a_direct_one(world: World, origin: str, family: int) -> None:
     """The same client port goes to the same backend, first through the VIP, then past it."""
     pod = world.backends[0]
-    source = ("::" if family else "0.0.0.0", 44000)
+    source = ("::" if family else "0.0.0.0", 20001)  # below the ports that others are given
     options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]
     for address, port in [(known.TERMINATING[family], 80), (pod.ips[family], 8080)] * 2:
         with world.probes[origin].socket(

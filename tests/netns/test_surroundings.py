@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig.agent import Agent
 from rig.objects import endpoint_slice, service
 from rig.probe import Probe

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+
 from rig.agent import Agent
 from rig.objects import service
 from rig.servers import iperf3_server

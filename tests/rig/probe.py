@@ -162,9 +162,10 @@ class Probe:
         *,
         bind: tuple[str, int] | None = None,
         options: Sequence[tuple[int, int, int | bytes]] = (),
+        proto: int = 0,
     ) -> RemoteSocket:
         """Open a socket; close it with ``with``."""
-        return RemoteSocket(self, self.call("open", int(family), int(kind), bind, list(options)))
+        return RemoteSocket(self, self.call("open", int(family), int(kind), bind, list(options), proto))
 
     def tcp(
         self, address: str, port: int, count: int = 1, bind: tuple[str, int] | None = None

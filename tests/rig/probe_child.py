@@ -12,7 +12,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TIMEOUT_S = 5.0  # of every call on a new socket; probe.py has the same
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -23,9 +26,13 @@ def family_of(address: str) -> socket.AddressFamily:
 
 
 def new_socket(
-    family: int, kind: int, bind: tuple[str, int] | None, options: list[tuple[int, int, Any]]
+    family: int,
+    kind: int,
+    bind: tuple[str, int] | None = None,
+    options: Sequence[tuple[int, int, Any]] = (),
+    proto: int = 0,
 ) -> socket.socket:
-    made = socket.socket(family, kind)
+    made = socket.socket(family, kind, proto)
     made.settimeout(TIMEOUT_S)
     for option in options:
         made.setsockopt(*option)
@@ -49,14 +56,14 @@ def http_ask(connection: socket.socket) -> str:
 
 def tcp_ask(address: str, port: int, bind: tuple[str, int] | None = None) -> str:
     """Connect, ask once, close."""
-    with new_socket(family_of(address), socket.SOCK_STREAM, bind, []) as connection:
+    with new_socket(family_of(address), socket.SOCK_STREAM, bind) as connection:
         connection.connect((address, port))
         return http_ask(connection)
 
 
 def udp_ask(address: str, port: int, *, connect: bool, bind: tuple[str, int] | None = None) -> str:
     """Send one datagram from a new socket and return the answer, which must come from ``address``."""
-    with new_socket(family_of(address), socket.SOCK_DGRAM, bind, []) as asker:
+    with new_socket(family_of(address), socket.SOCK_DGRAM, bind) as asker:
         if connect:
             asker.connect((address, port))
             asker.send(b"?")
@@ -108,12 +115,12 @@ class Load:
         elif self.mode == "udp":
             yield udp_ask(self.address, self.port, connect=False)
         elif self.mode == "keep":
-            kept = stack.enter_context(new_socket(family_of(self.address), socket.SOCK_STREAM, None, []))
+            kept = stack.enter_context(new_socket(family_of(self.address), socket.SOCK_STREAM))
             kept.connect((self.address, self.port))
             while True:
                 yield http_ask(kept)
         elif self.mode == "udp-keep":
-            kept = stack.enter_context(new_socket(family_of(self.address), socket.SOCK_DGRAM, None, []))
+            kept = stack.enter_context(new_socket(family_of(self.address), socket.SOCK_DGRAM))
             while True:
                 kept.sendto(b"?", (self.address, self.port))
                 yield kept.recv(4096).decode().rsplit(" ", 1)[0]
