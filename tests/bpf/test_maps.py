@@ -12,11 +12,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from rig.process import Place
 
 from ebpfproxy.errors import KernelError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import TCX_INGRESS, Link, Map, MapDefinition, Object, Program, lib, maps
 from ebpfproxy.libbpf import probes as kernel
+from rig.process import Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
