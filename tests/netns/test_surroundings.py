@@ -153,6 +153,56 @@ def test_changes_are_followed_one_after_the_other(net: Topology, agent: Agent) -
             eventually(partial(is_served_by, probe, known.WEB[0], 80, expected), f"{count} backends")
 
 
+def test_allocated_addresses_survive_a_restart(net: Topology, agent: Agent) -> None:
+    def chosen() -> dict[str, list[str]]:
+        return {
+            row["name"]: row["frontends"] for row in agent.rows("services", "given") if row["family"] == 4
+        }
+
+    agent.write(
+        service("given", known.HTTP, type="NodePort"),
+        *known.slices("given", net.pods[:1], known.TO_HTTP),
+        file="given.json",
+    )
+    with agent:
+        before = chosen()
+        cluster_ip, node_port = before["default/given:http"]
+        assert cluster_ip.startswith("10.96.")
+        assert 30000 <= int(node_port.removeprefix("*:")) <= 32767
+        with Probe(net.on_node) as probe:
+            assert names(probe, cluster_ip.partition(":")[0]) == {"pod1"}
+        agent.write(service("earlier", known.HTTP, type="NodePort"), file="a-new-one.json")
+        agent.restart()
+        assert chosen() == before
+
+
+def test_sighup_reads_the_configuration_again(net: Topology, agent: Agent) -> None:
+    with agent:
+        assert {row["scheduler"] for row in agent.rows("services")} == {"rr"}
+        assert agent.config_file
+        agent.config_file.write_text(agent.config_file.read_text().replace('"rr"', '"maglev"'))
+        agent.reload()
+        eventually(
+            lambda: {row["scheduler"] for row in agent.rows("services")} == {"maglev"}, "the new scheduler"
+        )
+        agent.config_file.write_text("mode: [")
+        agent.reload()
+        assert {row["scheduler"] for row in agent.rows("services")} == {"maglev"}, (
+            "a broken file changes nothing"
+        )
+        assert "config.yaml" in agent.output()
+
+
+def test_once_ends_after_the_first_sync(net: Topology) -> None:
+    agent = Agent(net, config=known.CONFIG, arguments=["--once"])
+    write(agent, *net.pods[:3])
+    with Probe(net.on_node) as probe:
+        agent.start(wait=False)
+        assert agent.process.wait() == 0, agent.output()
+        assert names(probe, known.WEB[0]) == ALL
+    agent.stop()
+
+
 # --- limits
 
 
@@ -175,6 +225,14 @@ def test_full_map_is_named_and_what_works_goes_on(net: Topology) -> None:
 
 
 # --- others
+
+
+def test_processes_outside_the_cgroup_are_left_alone(net: Topology, agent: Agent) -> None:
+    with agent, Probe(net.on_node_bare) as bare, Probe(net.on_node) as inside:
+        assert names(inside, known.WEB[0]) == ALL
+        with pytest.raises(OSError, match="unreachable"):
+            bare.tcp(known.WEB[0], 80)
+        assert agent.status()["verdicts"]["new"] == 9, "the nine of the one inside"
 
 
 def test_services_of_two_agents_do_not_mix(nothing_left: None) -> None:
