@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 import ebpfproxy
-from ebpfproxy import config, files, host, log, netlink, runner, status
+from ebpfproxy import config, files, health, host, log, metrics, netlink, runner, status
 from ebpfproxy.alarm import Alarm
 from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
@@ -45,6 +45,7 @@ _log = log.get(__name__)
 STATE_DIR = Path("/var/lib/ebpfproxy")
 LEDGER_FILE = "allocations.json"
 LOCK_FILE = "lock"
+MODE = "bpf"
 PINS = "ebpfproxy"  # our directory in the BPF file system
 
 # Exit codes of ``run``.
@@ -55,6 +56,7 @@ _TICK_S = 1.0
 # 100,000 endpoints takes half as long again.
 _GC_THRESHOLD = (100_000, 50, 100)
 _NETWORK_S = 0.05  # how long changes of devices and addresses are gathered
+_HEALTH_S = 1.0  # the first Service goes before: only after this health is told without one
 _RELOAD_S = 15.0  # a reload counts as done after this, whatever the source does
 
 
@@ -73,6 +75,8 @@ class Options(msgspec.Struct, frozen=True):
     map_sizes: dict[str, int] = {}
     once: bool = False
     log_format: str = ""  # text | json
+    healthz_bind_address: str | None = None  # "" = off
+    metrics_bind_address: str | None = None  # "" = off
 
     def apply(self, file: Config) -> Config:
         """Return the configuration with these flags over it."""
@@ -84,6 +88,12 @@ class Options(msgspec.Struct, frozen=True):
             devices=self.devices or file.devices,
             map_sizes=file.map_sizes | self.map_sizes,
             log_format=self.log_format or file.log_format,
+            healthz_bind=file.healthz_bind
+            if self.healthz_bind_address is None
+            else config.parse_bind("--healthz-bind-address", self.healthz_bind_address, config.HEALTHZ_PORT),
+            metrics_bind=file.metrics_bind
+            if self.metrics_bind_address is None
+            else config.parse_bind("--metrics-bind-address", self.metrics_bind_address, config.METRICS_PORT),
         )
 
 
@@ -159,6 +169,7 @@ class Agent:
         dataplane: started before ``run``.
         notifier: systemd.
         load_settings: reads the configuration anew at a reload.
+        servers: of health and metrics; None = no port is opened.
 
     Raises:
         ConfigError: a range to allocate from is wrong.
@@ -174,6 +185,7 @@ class Agent:
         dataplane: Dataplane,
         notifier: Notifier | None = None,
         load_settings: Callable[[], Config] | None = None,
+        servers: health.Health | None = None,
     ) -> None:
         self.settings = settings
         self.node_name = host.node_name(settings.hostname_override)
@@ -182,6 +194,10 @@ class Agent:
         self._dataplane = dataplane
         self._notifier = notifier or Notifier({})
         self._load_settings = load_settings or (lambda: settings)
+        self._servers = servers
+        self._counts = metrics.Counts(time.time())
+        self._waiting_since: float | None = None  # of the oldest change that is not programmed
+        self._is_node_eligible = True
         self._alarm = Alarm()
         self._runner = runner.Runner(_limits(settings))
         self._problems = log.Problems(_log)
@@ -204,6 +220,7 @@ class Agent:
         self._last_sync_s = 0.0
         self._syncs = 0
         self._next_tick = 0.0
+        self._health_at = time.monotonic() + _HEALTH_S
         self._written: status.Status | None = None
         self._feed = Feed(make_source, self._alarm)
 
@@ -230,6 +247,9 @@ class Agent:
         try:
             while not self._must_stop:
                 self._step()
+                if self._servers is not None and self._servers.is_fatal:
+                    _log.error("a port can't be bound, and bindAddressHardFail is set")
+                    return EXIT_FAILED
                 if once and (self._runner.failures or self._feed.failures):
                     return EXIT_FAILED
                 if once and self._state is not None:
@@ -245,6 +265,8 @@ class Agent:
 
     def close(self) -> None:
         """End what was started; ``run`` does it by itself."""
+        if self._servers is not None:
+            self._servers.close()
         self._feed.close()
         self._alarm.close()
 
@@ -264,8 +286,12 @@ class Agent:
         if self._feed.update(now):
             self._runner.request()
             self._report("source", self._feed.problems)
-        if self._feed.store.ready() and self._runner.wait_s(time.monotonic()) == 0:
-            self._sync()
+        if self._feed.store.ready():
+            if self._waiting_since is None and (self._runner.requested or self._runner.failures):
+                self._waiting_since, self._counts.queued = now, time.time()
+            if self._runner.wait_s(time.monotonic()) == 0:
+                self._sync()
+                self._publish()
         if now >= self._next_tick:
             self._next_tick = now + _TICK_S
             self._tick(now)
@@ -296,7 +322,9 @@ class Agent:
         else:
             self._runner.succeed()
             self._report("sync", [])
+        self._counts.sync(took_s, time.time(), is_done=is_done)
         if is_done:
+            self._waiting_since = None
             self._state = state
             self._syncs += 1
             self._last_sync, self._last_sync_s = _now(), took_s
@@ -311,6 +339,7 @@ class Agent:
         store = self._feed.store
         changes = store.take()
         changed = None if self._feed.is_new or self._must_compare else changes.changed
+        self._counts.changed(changes.changed, changes.objects)
         self._must_compare = True  # unless all of this comes to its end
         allocation = self._allocator.allocate(changes.objects, changed)
         for repair in allocation.repairs:
@@ -329,6 +358,7 @@ class Agent:
         self._report_problems("resolve", resolution.problems)
         node = objects.get(ObjectKey("Node", "", self.node_name))
         node = node if isinstance(node, Node) else None
+        self._is_node_eligible = node is None or not node.is_being_deleted
         return DesiredState(
             resolution.services, self._node_port_addresses(node), local_sources(self.settings, node)
         )
@@ -404,9 +434,42 @@ class Agent:
         if self._state is not None and self._state is not self._checked_state:
             self._checked_state = self._state
             self._report("unsupported", self._dataplane.unsupported(self._state), logging.WARNING)
+        if self._servers is not None:
+            self._report("health", self._servers.problems)
         self._write_status()
+        if self._is_ready or now >= self._health_at:
+            self._publish()
         if self._is_ready:
             self._notifier.status(self._summary())
+
+    def _publish(self) -> None:
+        """Give the servers of health and metrics the present state."""
+        if self._servers is None:
+            return
+        settings, problems = self.settings, len(self._problems.all()) - len(self._problems.of("unsupported"))
+        is_everywhere = not settings.node_port_addresses or {"0.0.0.0/0", "::/0"} <= set(
+            settings.node_port_addresses
+        )
+        state = self._state
+        self._servers.publish(
+            health.Snapshot(
+                healthz_at=health.Bind(*settings.healthz_bind) if settings.healthz_bind else None,
+                metrics_at=health.Bind(*settings.metrics_bind) if settings.metrics_bind else None,
+                must_bind=settings.must_bind,
+                hosts=("",) if is_everywhere or state is None else tuple(sorted(state.addresses.serving)),
+                state=state,
+                is_node_eligible=self._is_node_eligible,
+                late_after_s=2 * settings.max_sync_s,  # kube-proxy's
+                seen=time.monotonic(),
+                waiting_since=self._waiting_since,
+                facts=self._counts.freeze(
+                    problems=problems,
+                    version=ebpfproxy.__version__,
+                    mode=MODE,
+                    loader=getattr(self._dataplane, "loader", ""),
+                ),
+            )
+        )
 
     def _become_ready(self, state: DesiredState, took_s: float) -> None:
         # What is there now mostly stays: without this, every full garbage collection walks over all of it.
@@ -474,7 +537,7 @@ class Agent:
             version=ebpfproxy.__version__,
             state=state,
             node=self.node_name,
-            mode="bpf",
+            mode=MODE,
             manifests=self._place.manifests,
             cgroup=self._place.cgroup,
             bpffs=self._place.bpffs,
@@ -556,6 +619,7 @@ def _settings(options: Options) -> Config:
 
 
 def _run(options: Options, settings: Config) -> int:
+    from ebpfproxy.dataplane.bpf import reading
     from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane
     from ebpfproxy.source.directory import DirectorySource
     from ebpfproxy.source.lastgood import directory_of
@@ -577,6 +641,7 @@ def _run(options: Options, settings: Config) -> int:
             dataplane,
             Notifier(),
             lambda: _settings(options),
+            None if options.once else health.Health(lambda: reading.read(bpffs)),
         )
         _handle_signals(agent)
         # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.

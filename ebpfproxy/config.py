@@ -23,6 +23,8 @@ from ebpfproxy.model.services import Scheduler
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 
+HEALTHZ_PORT, METRICS_PORT = 10256, 10249
+
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 
@@ -142,9 +144,9 @@ class _File(_Schema, frozen=True):
     client_connection: _ClientConnection = _ClientConnection()
     logging: _Logging = _Logging()
     hostname_override: str = ""
-    bind_address: str = "0.0.0.0"  # noqa: S104  # upstream's default; nothing is bound here
-    healthz_bind_address: str = "0.0.0.0:10256"
-    metrics_bind_address: str = "127.0.0.1:10249"
+    bind_address: str = "0.0.0.0"  # noqa: S104  # upstream's default
+    healthz_bind_address: str = ""
+    metrics_bind_address: str = ""
     bind_address_hard_fail: bool = False
     enable_profiling: bool = False
     show_hidden_metrics_for_version: str = ""
@@ -192,6 +194,9 @@ class Config(msgspec.Struct, frozen=True):
     map_sizes: dict[str, int] = {}
     log_format: str = "text"  # text | json
     log_debug: bool = False
+    healthz_bind: tuple[str, int] | None = ("", HEALTHZ_PORT)  # host "" = all, of both families; None = off
+    metrics_bind: tuple[str, int] | None = ("127.0.0.1", METRICS_PORT)
+    must_bind: bool = False  # end when one of these two can't be bound
     unused: tuple[
         str, ...
     ] = ()  # fields that are set and have no effect, with the reason where it is not plain
@@ -213,6 +218,10 @@ _USED = frozenset(
         "nftables.minSyncPeriod",
         "clusterCIDR",
         "nodePortAddresses",
+        "bindAddress",  # its family; an address of its own is named below
+        "bindAddressHardFail",
+        "healthzBindAddress",
+        "metricsBindAddress",
         "detectLocalMode",
         "conntrack.tcpEstablishedTimeout",
         "conntrack.tcpCloseWaitTimeout",
@@ -226,6 +235,7 @@ _USED = frozenset(
 
 _UPSTREAM_MODES = frozenset(("iptables", "ipvs", "nftables", "userspace"))
 _UPSTREAM_SCHEDULERS = frozenset(("lblc", "lblcr", "fo", "ovf"))
+_EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104
 _LOCAL_MODES = frozenset(("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"))
 # klog's convention: 4 is debug level.
 _DEBUG_VERBOSITY = 4
@@ -295,6 +305,8 @@ def _config(file: _File) -> Config:
     scheduler, scheduler_note = _scheduler(file.ipvs.scheduler)
     section_name, section = _sync_section(file)
     unused += [note for note in (mode_note, scheduler_note) if note]
+    if file.bind_address not in _EVERY_ADDRESS:
+        unused.append("bindAddress")
     if file.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix"):
         unused.append(f"detectLocalMode: {file.detect_local_mode} (use ClusterCIDR or NodeCIDR)")
     elif file.detect_local_mode not in _LOCAL_MODES:
@@ -344,6 +356,15 @@ def _config(file: _File) -> Config:
         map_sizes=dict(extras.map_sizes),
         log_format=file.logging.format or "text",
         log_debug=file.logging.verbosity >= _DEBUG_VERBOSITY,
+        healthz_bind=parse_bind(
+            "healthzBindAddress", file.healthz_bind_address or _EVERY_ADDRESS[0], HEALTHZ_PORT
+        ),
+        metrics_bind=parse_bind(
+            "metricsBindAddress",
+            file.metrics_bind_address or ("::1" if ":" in file.bind_address else "127.0.0.1"),
+            METRICS_PORT,
+        ),
+        must_bind=file.bind_address_hard_fail,
         unused=tuple(unused),
     )
 
@@ -443,6 +464,33 @@ def _cidr(field: str, text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Networ
         raise ConfigError(
             f"{field}: {text!r} is not a CIDR such as 10.244.0.0/16 or fd00::/48: {error}"
         ) from error
+
+
+def parse_bind(field: str, text: str, default_port: int) -> tuple[str, int] | None:
+    """Return the address and port in "10.0.0.1:10256", "[::1]:10256" or, with the default port, "::1".
+
+    Returns:
+        The address "" for 0.0.0.0 and ``::``: all of both families, as Go's net.Listen takes them. None for
+        "": do not listen.
+
+    Raises:
+        ConfigError: it is something else; the message names ``field``.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"\[([^]]*)](?::([0-9]+))?|([^:]*):([0-9]+)|(.*)", text)
+    assert match
+    host, port = match[1] or match[3] or match[5] or "", int(match[2] or match[4] or default_port)
+    try:
+        address = str(ipaddress.ip_address(host))
+        if not 0 < port <= 65535:
+            raise ValueError(f"{port} is no port")
+    except ValueError as error:
+        raise ConfigError(
+            f"{field}: {text!r} is not an address and port such as 127.0.0.1:{default_port} or "
+            f"[::1]:{default_port}: {error}"
+        ) from error
+    return "" if address in _EVERY_ADDRESS else address, port
 
 
 def _node_port_addresses(values: list[str]) -> tuple[str, ...]:

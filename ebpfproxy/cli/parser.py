@@ -243,6 +243,16 @@ def _verbs(commands: _Commands) -> None:
     )
     _state_dir(run)
     _bpffs(run)
+    run.add_argument(
+        "--healthz-bind-address",
+        metavar="IP:PORT",
+        help='where /healthz and /livez are (default: 0.0.0.0:10256); "" = nowhere',
+    )
+    run.add_argument(
+        "--metrics-bind-address",
+        metavar="IP:PORT",
+        help='where /metrics and /proxyMode are (default: 127.0.0.1:10249); "" = nowhere',
+    )
     run.add_argument("--once", action="store_true", help="end after the first successful sync")
     run.add_argument("--log-format", choices=("text", "json"), help="format of the log (default: text)")
     run.add_argument(

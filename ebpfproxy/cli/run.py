@@ -30,4 +30,6 @@ def options(arguments: argparse.Namespace) -> agent.Options:
         map_sizes=dict(arguments.map_size),
         once=arguments.once,
         log_format=arguments.log_format or "",
+        healthz_bind_address=arguments.healthz_bind_address,
+        metrics_bind_address=arguments.metrics_bind_address,
     )

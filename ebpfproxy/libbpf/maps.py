@@ -24,6 +24,8 @@ PER_CPU = frozenset(
     {lib.BPF_MAP_TYPE_PERCPU_ARRAY, lib.BPF_MAP_TYPE_PERCPU_HASH, lib.BPF_MAP_TYPE_LRU_PERCPU_HASH}
 )
 
+HASHES = frozenset({lib.BPF_MAP_TYPE_HASH, lib.BPF_MAP_TYPE_LRU_HASH})
+
 # What a kernel answers that has no batch operation for a type (before 5.6; per-CPU arrays before 5.13).
 NO_BATCH = frozenset({ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP})
 # One batch call moves at most this much; big enough that the system calls don't count.
@@ -189,6 +191,25 @@ class Map(Descriptor):
             if error.errno not in NO_BATCH | {errno.EINTR}:
                 raise
             return sum(1 for _ in self._keys())
+
+    def estimate(self, most: int = 32768) -> int:
+        """Return the number of entries; of a hash with more than ``most`` that of a part, extrapolated.
+
+        Keys spread evenly over the buckets, so the error is about 1/sqrt(most): under 1 %. It costs the
+        same however large the map is.
+
+        Source: bpf_map_lookup_batch of a hash returns the next bucket; there are max_entries rounded up to
+        a power of two (kernel/bpf/hashtab.c).
+        """
+        if self.type in HASHES:
+            keys, values = ffi.new("char[]", most * self.key_size), ffi.new("char[]", most * self._item_size)
+            count, bucket = ffi.new("__u32 *", most), ffi.new("__u32 *")
+            result = lib.bpf_map_lookup_batch(self.fd, ffi.NULL, bucket, keys, values, count, ffi.NULL)
+            if result == -errno.ENOENT:  # that was all
+                return int(count[0])
+            if result == 0:
+                return round(int(count[0]) * (1 << (self.max_entries - 1).bit_length()) / int(bucket[0]))
+        return self.count()
 
     def update_batch(self, items: Mapping[bytes, bytes], flags: int = 0) -> None:
         """Write many entries in a few system calls.

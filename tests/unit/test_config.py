@@ -204,7 +204,8 @@ def test_each_mode_has_its_own_sync_periods() -> None:
         ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
         ({"iptables": {"masqueradeAll": True}}, ("iptables.masqueradeAll",)),
         ({"featureGates": {"SomeGate": True}}, ("featureGates",)),
-        ({"metricsBindAddress": "0.0.0.0:10249"}, ("metricsBindAddress",)),
+        ({"metricsBindAddress": "0.0.0.0:10249", "bindAddress": "::"}, ()),
+        ({"bindAddress": "192.0.2.1"}, ("bindAddress",)),
         ({"metricsBindAddress": "127.0.0.1:10249", "oomScoreAdj": -999}, ()),  # as it is by default
         (
             {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}},

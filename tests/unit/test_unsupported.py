@@ -26,7 +26,7 @@ PLAIN = service("web", [HERE, THERE], [cluster_ip("10.96.0.1")])
             service("web", [HERE], [load_balancer("192.0.2.9")], source_ranges=("10.0.0.0/8",)),
             "loadBalancerSourceRanges",
         ),
-        (msgspec.structs.replace(PLAIN, health_check_node_port=32000), "healthCheckNodePort"),
+        (msgspec.structs.replace(PLAIN, health_check_node_port=32000), None),
     ],
 )
 def test_one_sentence_that_names_the_service(wanted: Service, words: str | None) -> None:

@@ -237,9 +237,6 @@ def unsupported(state: DesiredState) -> list[str]:
         sentences.append(
             f"SCTP works for traffic that enters this node, not for sockets on it: {names(sctp)}"
         )
-    health = [s for s in state.services if s.health_check_node_port]
-    if health:
-        sentences.append(f"healthCheckNodePort is not served yet: {names(health)}")
     ranges = [s for s in state.services if s.has_source_ranges]
     if ranges:
         sentences.append(
