@@ -33,7 +33,7 @@ def filters(net: Topology, device: str, direction: str) -> str:
 def programs_on(net: Topology, cgroup: Path) -> list[int]:
     """Return the ids of the programs attached to a cgroup."""
     text = net.on_node_bare.run("bpftool", "-j", "cgroup", "show", cgroup, check=False).stdout
-    # Newer ones (7.3) take the descriptor of the cgroup for the number of a device, and list its tcx links too.
+    # Newer ones (Ubuntu 24.04) take the cgroup's descriptor for a device's number and list its tcx links too.
     return [each["id"] for each in json.loads(text.strip() or "[]") if "tcx" not in each["attach_type"]]
 
 
