@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from netns import catalogue as known
 from rig.agent import Agent
 from rig.objects import endpoint, endpoint_slice, service
 from rig.probe import Probe
 from rig.topology import NODE_IPS, NODE_NAME
 from rig.wait import eventually
-
-from netns import catalogue as known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
