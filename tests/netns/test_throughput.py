@@ -63,12 +63,12 @@ def test_all_data_arrives(net: Topology, origin: str, target: str, transport: st
     options = {
         "tcp": ["--bytes", "8M"],
         "tcp-reverse": ["--bytes", "8M", "--reverse"],
-        # Slow enough for any machine to lose nothing to full buffers.
-        "udp": ["--udp", "--bytes", "500K", "--bitrate", "20M", "--length", "1200"],
+        # So few that all fit into the receiver's buffer, however late it is given a processor.
+        "udp": ["--udp", "--bytes", "60K", "--bitrate", "20M", "--length", "1200"],
     }[transport]
     report = json.loads(place.run("iperf3", "-c", vips[family], "-p", str(port), "--json", *options).stdout)
     if transport == "udp":
-        assert report["end"]["sum"]["packets"] > 400
+        assert report["end"]["sum"]["packets"] >= 50
         assert report["end"]["sum"]["lost_packets"] == 0
     else:
         # The sender stops once it has sent all; what is on its way then is not counted any more.
