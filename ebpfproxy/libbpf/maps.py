@@ -208,7 +208,8 @@ class Map(Descriptor):
             if result == -errno.ENOENT:  # that was all
                 return int(count[0])
             if result == 0:
-                return round(int(count[0]) * (1 << (self.max_entries - 1).bit_length()) / int(bucket[0]))
+                buckets = 1 << (self.max_entries - 1).bit_length()
+                return min(self.max_entries, round(int(count[0]) * buckets / int(bucket[0])))
         return self.count()
 
     def update_batch(self, items: Mapping[bytes, bytes], flags: int = 0) -> None:

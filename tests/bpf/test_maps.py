@@ -145,6 +145,19 @@ class TestManyEntries:
             assert [n for n, (_, value) in enumerate(found) if any(value)] == [5]
             assert slots.count() == 600
 
+    @pytest.mark.parametrize("kind", [lib.BPF_MAP_TYPE_HASH, lib.BPF_MAP_TYPE_LRU_HASH])
+    def test_a_large_map_is_estimated_from_a_part(self, kind: int) -> None:
+        """The error is about 1/sqrt(2000), 2.2 %; the hash has another seed each time."""
+        with Map.create(HASH._replace(type=kind, max_entries=50_000, flags=0)) as names:
+            for count in (0, 1999, 20_000):
+                names.update_batch(entries(names.definition, count))
+                assert names.estimate(2000) == pytest.approx(count, rel=0 if count < 2000 else 0.12)
+                assert names.estimate() == count, "it fits into one part"
+
+    def test_a_small_map_is_counted(self, hashlike: Map) -> None:
+        hashlike.update_batch(entries(hashlike.definition, 9))
+        assert hashlike.estimate() == 9
+
 
 class TestFull:
     @pytest.mark.parametrize("batch", [True, False], ids=["bulk", "single"])

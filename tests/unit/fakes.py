@@ -7,6 +7,7 @@ import queue
 import time
 from typing import TYPE_CHECKING
 
+from ebpfproxy.health import Health, Snapshot
 from ebpfproxy.model.objects import ObjectMeta as Meta
 from ebpfproxy.model.objects import Service, ServicePort, ServiceSpec
 from ebpfproxy.netlink import Address
@@ -118,6 +119,23 @@ class FakeSource:
         """End."""
         self.is_closed = True
         self._queue.put(None)
+
+
+class FakeServers(Health):
+    """Health servers that keep what they are told and open no port."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshots: list[Snapshot] = []
+        self.is_closed = False
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Keep it."""
+        self.snapshots.append(snapshot)
+
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
 
 
 class FakeNetwork:

@@ -19,18 +19,20 @@ from ebpfproxy import agent, config, files, host, log, status
 from ebpfproxy.agent import Agent, Options, Place, local_sources
 from ebpfproxy.config import Config
 from ebpfproxy.errors import ConfigError, DataplaneError, KernelError, MapFullError, SourceError
-from ebpfproxy.model.objects import Node, NodeSpec, ObjectKey
+from ebpfproxy.model.objects import Node, NodeSpec, ObjectKey, Taint
+from ebpfproxy.model.objects import ObjectMeta as Meta
 from ebpfproxy.model.services import DesiredState, Scheduler
 from ebpfproxy.runner import Limits
 from ebpfproxy.source import Reported, feed
 from ebpfproxy.store import Delete, Set, Synced
 from ebpfproxy.systemd import Notifier
-from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeSource, service, until
+from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeServers, FakeSource, service, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 A = ObjectKey("Service", "default", "a")
+TAINT = Taint("ToBeDeletedByClusterAutoscaler", effect="NoSchedule")
 
 
 class FakeNotifier(Notifier):
@@ -54,6 +56,7 @@ class Running:
         self.dataplane = FakeDataplane()
         self.network = FakeNetwork("192.0.2.1")
         self.notifier = FakeNotifier()
+        self.servers = FakeServers()
         self.settings = Config(hostname_override="node-1", **settings)
         self.load: Callable[[], Config] = lambda: self.settings
         self.agent = Agent(
@@ -64,6 +67,7 @@ class Running:
             self.dataplane,
             self.notifier,
             self._load,
+            self.servers,
         )
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -240,6 +244,28 @@ def test_what_the_dataplane_can_not_do_is_named(running: Callable[..., Running])
     until(lambda: it.status().unsupported == ())
 
 
+def test_health_is_told_what_is_programmed(running: Callable[..., Running]) -> None:
+    it = running(max_sync_s=20.0, node_port_addresses=("192.0.2.0/24",)).start()
+    it.source.put(Set(service("a", 1), "a.yaml"), Synced("objects"))
+    until(lambda: bool(it.servers.snapshots))
+    found = it.servers.snapshots[0]
+    assert found.state is it.dataplane.states[-1]
+    assert (found.healthz_at, found.metrics_at) == (("", 10256), ("127.0.0.1", 10249))
+    assert (found.hosts, found.late_after_s, found.waiting_since) == (("192.0.2.1",), 40.0, None)
+    assert (found.is_node_eligible, found.facts.service_changes, found.facts.loader) == (True, 1, "fake")
+    it.source.put(Set(Node(Meta(name="node-1"), NodeSpec(taints=(TAINT,))), "node.yaml"))
+    until(lambda: not it.servers.snapshots[-1].is_node_eligible)
+    it.stop()
+    assert it.servers.is_closed
+
+
+def test_health_listens_everywhere_unless_it_is_told_where(running: Callable[..., Running]) -> None:
+    it = running(node_port_addresses=("0.0.0.0/0", "::/0")).start()
+    it.source.put(Synced("objects"))
+    until(lambda: bool(it.servers.snapshots))
+    assert it.servers.snapshots[-1].hosts == ("",)
+
+
 # --- things that go wrong ----------------------------------------------------------------------------
 
 
@@ -261,6 +287,30 @@ def test_a_failed_sync_is_tried_again_until_it_works(
     said = "sync failed and is tried again: map is stuck"
     assert texts.count(said) == 1
     assert texts.count(f"no longer: {said}") == 1
+
+
+def test_health_is_told_how_long_a_change_waits(running: Callable[..., Running]) -> None:
+    it = running()
+    it.dataplane.failures = [DataplaneError("no") for _ in range(3)]
+    it.start().source.put(Set(service("a", 1), "a.yaml"), Synced("objects"))
+    it.serves(a=1)
+    until(lambda: bool(it.servers.snapshots) and it.servers.snapshots[-1].waiting_since is None)
+    waited = {each.waiting_since for each in it.servers.snapshots} - {None}
+    assert len(waited) == 1, "the clock starts with the first failure and runs until the success"
+    assert it.servers.snapshots[0].facts.synced == 0
+    assert it.servers.snapshots[-1].facts.synced > 0
+    assert sum(it.servers.snapshots[-1].facts.syncs.counts) == 4
+
+
+def test_ports_that_can_not_be_bound_are_a_problem(running: Callable[..., Running]) -> None:
+    it = running().start()
+    it.source.put(Synced("objects"))
+    it.servers.problems = ("listen on *:10256: Address already in use",)
+    it.has_problem("listen on *:10256")
+    it.servers.problems = ()
+    it.has_no_problem()
+    it.servers.is_fatal = True
+    assert it.join() == 1
 
 
 def test_a_change_during_failures_is_in_the_next_try(running: Callable[..., Running]) -> None:
@@ -645,6 +695,8 @@ def test_flags_override_the_file() -> None:
         log_format="text",
     )
     assert Options(Path("x")).apply(file) == file
+    off = Options(Path("x"), healthz_bind_address="", metrics_bind_address="[::1]").apply(file)
+    assert (off.healthz_bind, off.metrics_bind) == (None, ("::1", 10249))
 
 
 def test_every_fixed_setting_exists() -> None:

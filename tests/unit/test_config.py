@@ -198,6 +198,30 @@ def test_each_mode_has_its_own_sync_periods() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "healthz", "metrics"),
+    [  # an empty address is the default, as in kube-proxy's SetDefaults_KubeProxyConfiguration
+        ({}, ("", 10256), ("127.0.0.1", 10249)),
+        ({"healthzBindAddress": "", "metricsBindAddress": ""}, ("", 10256), ("127.0.0.1", 10249)),
+        ({"bindAddress": "::"}, ("", 10256), ("::1", 10249)),
+        (
+            {"healthzBindAddress": "192.0.2.1", "metricsBindAddress": "::1"},
+            ("192.0.2.1", 10256),
+            ("::1", 10249),
+        ),
+        (
+            {"healthzBindAddress": "192.0.2.1:1", "metricsBindAddress": "[::1]:2"},
+            ("192.0.2.1", 1),
+            ("::1", 2),
+        ),
+        ({"healthzBindAddress": "[::]:1", "metricsBindAddress": "0.0.0.0:2"}, ("", 1), ("", 2)),
+    ],
+)
+def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metrics: tuple[str, int]) -> None:
+    loaded = parse(**fields)
+    assert (loaded.healthz_bind, loaded.metrics_bind) == (healthz, metrics)
+
+
+@pytest.mark.parametrize(
     ("fields", "unused"),
     [
         ({"mode": "iptables"}, ("mode: iptables (bpf is used)",)),
@@ -250,6 +274,9 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ({"detectLocalMode": "clustercidr"}, "detectLocalMode: 'clustercidr' is none of"),
         ({"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}, "iptables.minSyncPeriod: .*longer"),
         ({"iptables": {"syncPeriod": "-1s"}}, "iptables.syncPeriod: must be greater than 0"),
+        ({"healthzBindAddress": ":10256"}, "healthzBindAddress: ':10256' is not an address and port"),
+        ({"healthzBindAddress": "localhost:1"}, "healthzBindAddress: 'localhost:1' is not an address"),
+        ({"metricsBindAddress": "[::1]:65536"}, "metricsBindAddress: .* 65536 is no port"),
         ({"logging": {"format": "xml"}}, "logging.format: 'xml'"),
         ({"ebpfproxy": {"loader": "ld"}}, "ebpfproxy.loader: 'ld'"),
         ({"ebpfproxy": {"deviceAttachment": "xdp"}}, "ebpfproxy.deviceAttachment: 'xdp'"),
