@@ -5,9 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from ebpfproxy.errors import EbpfproxyError
+
+# How long a lock may be held by somebody who only looks whether it is held.
+_LOOKING_S = 0.2
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = True, mtime_ns: int | None = None) -> None:
@@ -71,18 +75,29 @@ class Lock:
         """
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
         self._fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._take():
             holder = "" if path.is_dir() else os.read(self._fd, 32).decode("ascii", "replace").strip()
             os.close(self._fd)
             by = f" (process {holder})" if holder.isdecimal() else ""
             raise LockedError(
                 f"{what} {path} is in use by another agent{by}: stop it, or give this one its own"
-            ) from None
+            )
         if not path.is_dir():
             os.ftruncate(self._fd, 0)
             os.write(self._fd, f"{os.getpid()}\n".encode())
+
+    def _take(self) -> bool:
+        """Return whether the lock is ours now. Who only looks (``is_locked``) holds it for microseconds."""
+        deadline = time.monotonic() + _LOOKING_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(_LOOKING_S / 10)
+            else:
+                return True
 
     def close(self) -> None:
         """Let go of the lock."""

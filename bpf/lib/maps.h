@@ -10,16 +10,16 @@
 /* What the agent writes and the programs read. */
 MAP(vips, HASH, struct addr, struct vip, 65536, BPF_F_NO_PREALLOC);
 MAP(services, HASH, struct service_key, struct service, 131072, BPF_F_NO_PREALLOC);
-MAP(slots, ARRAY, __u32, __u32, 2097152, BPF_F_MMAPABLE);
+MAP(slots, ARRAY, __u32, __u32, 1048576, BPF_F_MMAPABLE);
 MAP(backends, ARRAY, __u32, struct backend, 262144, BPF_F_MMAPABLE);
 MAP(source_ranges, LPM_TRIE, struct source_range_key, __u32, 65536, BPF_F_NO_PREALLOC);
 MAP(local_sources, LPM_TRIE, struct local_source_key, __u32, 4096, BPF_F_NO_PREALLOC);
 MAP(service_names, HASH, __u32, struct service_name, 65536, BPF_F_NO_PREALLOC);
 
 /* What the programs write. */
-MAP(sockets, LRU_HASH, struct socket_key, struct socket_flow, 262144, 0);
-MAP(conntrack, LRU_HASH, struct flow_key, struct flow, 524288, 0);
-MAP(affinity, LRU_HASH, struct affinity_key, struct affinity, 262144, 0);
+MAP(sockets, LRU_HASH, struct socket_key, struct socket_flow, 131072, 0);
+MAP(conntrack, LRU_HASH, struct flow_key, struct flow, 262144, 0);
+MAP(affinity, LRU_HASH, struct affinity_key, struct affinity, 131072, 0);
 MAP(backend_stats, ARRAY, __u32, struct backend_stats, 262144, BPF_F_MMAPABLE);
 MAP(service_stats, ARRAY, __u32, struct service_stats, 65536, BPF_F_MMAPABLE);
 MAP(verdicts, PERCPU_ARRAY, __u32, __u64, VERDICT_MAX, 0);

@@ -252,7 +252,8 @@ class Allocator:
     def _families(self, draft: _Draft) -> list[int]:
         """Return the families that a Service has, the first one first."""
         spec = draft.service.spec
-        families = [addresses.family(each) for each in draft.service.cluster_ips]
+        requested = [addresses.family(each) for each in draft.service.cluster_ips]
+        families = list(requested)
         families += [int(each[-1]) for each in spec.ip_families if int(each[-1]) not in families]
         families = families or [next(iter(self._ip_ranges))]
         if spec.ip_family_policy in ("PreferDualStack", "RequireDualStack"):
@@ -261,7 +262,7 @@ class Allocator:
         if draft.service.metadata.uid:
             known |= {addresses.family(each) for each in draft.service.cluster_ips}
         for i, family in enumerate(families):
-            is_optional = spec.ip_family_policy == "PreferDualStack" and i > 0
+            is_optional = spec.ip_family_policy == "PreferDualStack" and i > 0 and family not in requested
             if family not in known and not is_optional:
                 path, value = f"spec.ipFamilies[{i}]", f"IPv{family}"
                 draft.errors.append((path, f'Invalid value: "{value}": not configured on this cluster'))

@@ -519,7 +519,7 @@ ROWS_OF = {
     "services": {"default/web:http", "10.96.0.10:80", "*:30080", "[fd00:10:96::20]:80"},
     "backends": {"default/shop:metrics", "10.244.0.12:8081", "[fd00:244::11]:8080"},
     "connections": {"default/web:http", "192.0.2.1:30080", "10.244.0.11:8080"},
-    "maps": {"conntrack", "524288"},
+    "maps": {"conntrack", "262144"},
     "status": {"running", "eth0", "libbpf"},
 }
 

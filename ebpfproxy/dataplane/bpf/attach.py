@@ -147,7 +147,7 @@ class Attachments:
                 continue
             self._reported.discard(name)
             self._attached[name] = index
-            log.info("attached to device", extra={"device": name, "how": self.how})
+            log.info("attached to device %s by %s", name, self.how)
         if not self._are_filters_checked:
             self._remove_filters(set() if self._use_tcx else set(wanted.values()))
             self._are_filters_checked = True
@@ -205,7 +205,7 @@ class Attachments:
         for path in _device_pins(self._links):
             if path.name not in keep:
                 path.unlink(missing_ok=True)
-                log.info("detached from device", extra={"pin": path.name})
+                log.info("detached from device: %s", path.name)
 
     def _remove_filters(self, keep: AbstractSet[int]) -> None:
         """Remove the filters of an earlier run from all devices but these."""
