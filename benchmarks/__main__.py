@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from benchmarks import state
-from benchmarks.figures import spread
+from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
 from rig.names import temporary_directory
@@ -93,11 +93,12 @@ def connections(net: Topology, options: argparse.Namespace, first: list[str]) ->
                 )
                 if number:
                     rates[name].append(done * 1e9 / took_ns)
-    ratios = {
-        f"ratio to {name}": spread([a / b for a, b in zip(rates["VIP"], rates[name], strict=True)])
-        for name in turns
-        if name != "VIP"
-    }
+    ratios: dict[str, Any] = {}
+    for name in (each for each in turns if each != "VIP"):
+        pairs = zip(rates["VIP"], rates[name], strict=True)
+        ratios[f"ratio to {name}"] = spread([vip / other for vip, other in pairs])
+        fastest = percentile(rates["VIP"], 90) / percentile(rates[name], 90)
+        ratios[f"ratio to {name}, fastest tenth"] = fastest
     return {
         **{f"{name}, per second": spread(values) for name, values in rates.items()},
         **ratios,
