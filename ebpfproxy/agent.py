@@ -619,7 +619,6 @@ def _settings(options: Options) -> Config:
 
 
 def _run(options: Options, settings: Config) -> int:
-    from ebpfproxy.dataplane.bpf import reading
     from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane
     from ebpfproxy.source.directory import DirectorySource
     from ebpfproxy.source.lastgood import directory_of
@@ -641,7 +640,7 @@ def _run(options: Options, settings: Config) -> int:
             dataplane,
             Notifier(),
             lambda: _settings(options),
-            None if options.once else health.Health(lambda: reading.read(bpffs)),
+            None if options.once else health.Health(lambda: _read_maps(bpffs)),
         )
         _handle_signals(agent)
         # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.
@@ -659,6 +658,12 @@ def _run(options: Options, settings: Config) -> int:
 def _read_once(network: Network) -> None:
     with suppress(EbpfproxyError):  # whoever needs the addresses reads them again
         network.addresses()
+
+
+def _read_maps(bpffs: Path) -> metrics.Reading:
+    from ebpfproxy.dataplane.bpf import reading  # at the first scrape, not at the start
+
+    return reading.read(bpffs)
 
 
 def _handle_signals(agent: Agent) -> None:
