@@ -35,7 +35,7 @@ def nothing_left() -> Iterator[None]:
     leaks.sweep()
     pins = leaks.pins()
     yield
-    left = leaks.find() + [f"pins {path}" for path in leaks.pins() - pins]
+    left = leaks.find() + [f"pin {path}" for path in leaks.pins() - pins]
     assert not left, "left behind:\n" + "\n".join(left)
 
 
