@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import features, view
+from ebpfproxy.dataplane.bpf.attach import FILTER_PREFIX, pin_name
 from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
 from ebpfproxy.dataplane.bpf.layouts import U32
 from ebpfproxy.errors import DataplaneError, KernelError, MapFullError
 from ebpfproxy.libbpf import Link, Map
+from ebpfproxy.libbpf.probes import has_tcx
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from rig.kernel import Netns
 
 pytestmark = pytest.mark.root
+
+needs_tcx = pytest.mark.skipif(not has_tcx(), reason="tcx links came with Linux 6.6")
+both_ways = pytest.mark.parametrize(
+    "use_tcx", [pytest.param(True, marks=needs_tcx, id="tcx"), pytest.param(False, id="clsact")]
+)
 
 CLONE_NEWNET = 0x40000000
 SMALL = {"conntrack": 1024, "sockets": 1024, "affinity": 1024, "slots": 65536, "backends": 4096}
@@ -93,6 +101,19 @@ def links(options: BpfOptions) -> dict[str, tuple[int, int]]:
     return found
 
 
+def on_devices(options: BpfOptions) -> dict[str, int]:
+    """Return program@device, as a pin is named -> the device's index, of links and of filters."""
+    found = {}
+    for path in (options.bpffs / "ebpfproxy" / "links").glob("*@*"):
+        with Link.open(path) as link:
+            found[path.name] = link.info().ifindex
+    names = {device.number: device.name for device in netlink.devices()}
+    for each in netlink.list_filters(FILTER_PREFIX):
+        program = each.name.removeprefix(FILTER_PREFIX)
+        found[pin_name(program, names[each.device])] = each.device
+    return found
+
+
 def contents(options: BpfOptions) -> dict[str, object]:
     """Return all that the agent programmed."""
     found: dict[str, object] = {}
@@ -113,10 +134,12 @@ WEB = service("web", [A, B], [cluster_ip("10.96.0.1"), node_port(30080)])
 
 
 class TestLife:
+    @both_ways
     def test_a_restart_swaps_the_programs_inside_the_links_and_changes_nothing_else(
-        self, options: BpfOptions, inside: Netns
+        self, options: BpfOptions, inside: Netns, use_tcx: bool
     ) -> None:
         add_device(inside, "v0")
+        options = replace(options, use_tcx=use_tcx)
         with running(options) as dataplane:
             assert dataplane.problems == []
             dataplane.sync(state(WEB))
@@ -130,7 +153,9 @@ class TestLife:
             n: link for n, (link, _) in before.items()
         }
         assert all(after[name][1] != program for name, (_, program) in before.items())
-        assert {"sock_connect4", "sock_release", "tc_ingress@v0", "tc_egress@v0"} <= after.keys()
+        assert {"sock_connect4", "sock_release"} <= after.keys()
+        assert ("tc_ingress@v0" in after) == use_tcx
+        assert {"tc_ingress@v0", "tc_egress@v0"} <= on_devices(options).keys()
 
     def test_another_cgroup_takes_the_links_along(self, options: BpfOptions, cgroup: Path) -> None:
         child = cgroup / "child"
@@ -200,28 +225,30 @@ class TestLife:
 
 
 class TestDevices:
+    @both_ways
     def test_devices_come_go_and_come_back_with_another_number(
-        self, options: BpfOptions, inside: Netns
+        self, options: BpfOptions, inside: Netns, use_tcx: bool
     ) -> None:
+        options = replace(options, use_tcx=use_tcx)
         for name in ("v0", "v1", "v0.100"):
             add_device(inside, name)
         inside.shell("ip link add br0 type bridge; ip link set v1 master br0")
         with running(options) as dataplane:
             assert dataplane.devices == ["br0", "peer-v0", "peer-v0.100", "peer-v1", "v0", "v0.100"]
-            assert {"tc_ingress@v0%2E100", "tc_egress@br0"} <= links(options).keys()
+            assert {"tc_ingress@v0%2E100", "tc_egress@br0"} <= on_devices(options).keys()
             add_device(inside, "v2")
             dataplane.tick()
             assert "v2" in dataplane.devices
-            first = links(options)["tc_ingress@v2"]
+            first = on_devices(options)["tc_ingress@v2"]
             inside.shell("ip link delete v2")
             add_device(inside, "v3")
             add_device(inside, "v2")
             dataplane.tick()
-            assert links(options)["tc_ingress@v2"] != first
+            assert on_devices(options)["tc_ingress@v2"] != first
             inside.shell("ip link delete v2")
             dataplane.tick()
             assert "v2" not in dataplane.devices
-            assert not any("v2" in name for name in links(options))
+            assert not any("v2" in name for name in on_devices(options))
 
     def test_only_named_devices(self, options: BpfOptions, inside: Netns) -> None:
         for name in ("v0", "v1", "x0"):
@@ -230,7 +257,7 @@ class TestDevices:
             assert dataplane.devices == ["v0", "v1"]
         with running(replace(options, devices=("x0",))) as dataplane:
             assert dataplane.devices == ["x0"]
-            assert not any("@v" in name for name in links(options))
+            assert not any("@v" in name for name in on_devices(options))
 
     def test_clsact_filters_where_there_is_no_tcx(self, options: BpfOptions, inside: Netns) -> None:
         add_device(inside, "v0")
@@ -274,6 +301,7 @@ class TestDevices:
         assert "ebpfproxy" not in inside.shell("tc filter show dev v0 ingress")
         assert "clsact" in inside.shell("tc qdisc show dev v0")
 
+    @needs_tcx
     def test_links_follow_filters(self, options: BpfOptions, inside: Netns) -> None:
         """The kernel was upgraded to one with tcx: no packet may be translated twice."""
         add_device(inside, "v0")
@@ -285,9 +313,11 @@ class TestDevices:
 
 
 class TestCleanup:
+    @both_ways
     def test_removes_all_of_ours_twice_without_error_and_nothing_of_others(
-        self, options: BpfOptions, bpffs: Path, inside: Netns
+        self, options: BpfOptions, bpffs: Path, inside: Netns, use_tcx: bool
     ) -> None:
+        options = replace(options, use_tcx=use_tcx)
         add_device(inside, "v0")
         (bpffs / "theirs").mkdir()
         before = {path.name for path in bpffs.iterdir()}
@@ -295,7 +325,8 @@ class TestCleanup:
             dataplane.sync(state(WEB))
         removed = cleanup(bpffs)
         assert f"pin {bpffs}/ebpfproxy/maps/services" in removed
-        assert f"pin {bpffs}/ebpfproxy/links/tc_ingress@v0" in removed
+        on_device = f"pin {bpffs}/ebpfproxy/links/tc_ingress@v0", "filter ebpfproxy_tc_ingress on device v0"
+        assert [each in removed for each in on_device] == [use_tcx, not use_tcx]
         assert {path.name for path in bpffs.iterdir()} == before
         assert cleanup(bpffs) == []
         with pytest.raises(DataplaneError, match="nothing is programmed here"):
