@@ -13,8 +13,11 @@ import socket
 import struct
 import subprocess
 import sys
+from contextlib import ExitStack
 
+from ebpfproxy import netlink
 from ebpfproxy.libbpf import TCX_EGRESS, TCX_INGRESS, Link, Program
+from ebpfproxy.libbpf.probes import has_tcx
 
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
 IFF_TUN, IFF_NO_PI = 1, 0x1000
@@ -30,10 +33,16 @@ def main() -> None:
     commands += [f"ip link set {DEVICE} up", *(f"ip route add {route} dev {DEVICE}" for route in routes)]
     subprocess.run(["sh", "-e", "-c", "\n".join(commands)], check=True)
     index = socket.if_nametoindex(DEVICE)
-    with (
-        Link.attach_tcx(Program.open(ingress), index, TCX_INGRESS),
-        Link.attach_tcx(Program.open(egress), index, TCX_EGRESS),
-    ):
+    with ExitStack() as attached:
+        for path, attach_type, parent in (
+            (ingress, TCX_INGRESS, netlink.INGRESS),
+            (egress, TCX_EGRESS, netlink.EGRESS),
+        ):
+            program = attached.enter_context(Program.open(path))
+            if has_tcx():
+                attached.enter_context(Link.attach_tcx(program, index, attach_type))
+            else:  # goes with the device
+                netlink.set_filter(index, parent, program.fd, "tun_child")
         for line in sys.stdin:
             packet = bytes.fromhex(line)
             os.write(tun, packet)

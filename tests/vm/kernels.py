@@ -62,7 +62,10 @@ class Kernel(NamedTuple):
     modules: Path  # lib/modules/<release>
 
     def module_files(self, *names: str) -> list[Path]:
-        """Return the files of modules and of what they need, in the order to load them; built-in ones have none."""
+        """Return the files of modules and of what they need, in the order to load them.
+
+        Built-in ones have none.
+        """
         needs = {}
         for line in (self.modules / "modules.dep").read_text().splitlines():
             path, _, others = line.partition(":")

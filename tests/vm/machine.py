@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -91,7 +90,11 @@ def run(
         except (FileNotFoundError, ValueError):
             why = f"no end after {timeout_s:g} s" if is_over else f"QEMU ended with {machine.returncode}"
             told = "\n".join(
-                [_tail(path.read_text(errors="replace")) for path in (work / "qemu", console) if path.exists()]
+                [
+                    _tail(path.read_text(errors="replace"))
+                    for path in (work / "qemu", console)
+                    if path.exists()
+                ]
             )
             raise BootError(f"{kernel.release}: {why}\n{told}\n{_tail(said_all)}") from None
         return Result(status, said_all, time.monotonic() - started)
