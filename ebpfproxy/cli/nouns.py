@@ -32,7 +32,7 @@ def services(arguments: argparse.Namespace) -> ExitCode:
         Column("CONNECTIONS", lambda row: row.connections),
         Column("REFUSED", lambda row: row.refused, is_wide=True),
     ]
-    return _list(arguments, view.services, columns, lambda row: row.name, "no Services are programmed")
+    return _list(arguments, view.services, columns, "no Services are programmed")
 
 
 def backends(arguments: argparse.Namespace) -> ExitCode:
@@ -50,7 +50,7 @@ def backends(arguments: argparse.Namespace) -> ExitCode:
         Column("CONNECTIONS", lambda row: row.connections),
         Column("ID", lambda row: row.id, is_wide=True),
     ]
-    return _list(arguments, view.backends, columns, lambda row: row.service, "no Service has backends")
+    return _list(arguments, view.backends, columns, "no Service has backends")
 
 
 def connections(arguments: argparse.Namespace) -> ExitCode:
@@ -65,7 +65,7 @@ def connections(arguments: argparse.Namespace) -> ExitCode:
         Column("STATE", lambda row: row.state),
         Column("IDLE", lambda row: seconds(row.idle_s)),
     ]
-    return _list(arguments, view.connections, columns, lambda row: row.service, "no connections are open")
+    return _list(arguments, view.connections, columns, "no connections are open")
 
 
 def affinity(arguments: argparse.Namespace) -> ExitCode:
@@ -77,9 +77,7 @@ def affinity(arguments: argparse.Namespace) -> ExitCode:
         Column("IDLE", lambda row: seconds(row.idle_s)),
         Column("EXPIRES", lambda row: seconds(row.expires_s)),
     ]
-    return _list(
-        arguments, view.affinity, columns, lambda row: row.service, "no client is bound to a backend"
-    )
+    return _list(arguments, view.affinity, columns, "no client is bound to a backend")
 
 
 def maps(arguments: argparse.Namespace) -> ExitCode:
@@ -98,9 +96,8 @@ def maps(arguments: argparse.Namespace) -> ExitCode:
 
 def _list(
     arguments: argparse.Namespace,
-    read: Callable[[view.Maps], Sequence[T]],
+    read: Callable[[view.Maps, view.Chosen | None], Sequence[T]],
     columns: Sequence[Column[T]],
-    service_of: Callable[[T], str],
     empty: str,
 ) -> ExitCode:
     """Print the rows that the filters leave.
@@ -108,20 +105,20 @@ def _list(
     Raises:
         NothingError: the Service that was named is not programmed.
     """
+    is_chosen = arguments.namespace or arguments.service
+    matches = service_filter(arguments.namespace, arguments.service) if is_chosen else None
     with pins.open_maps(arguments.bpffs) as opened:
-        matches = service_filter(arguments.namespace, arguments.service)
-        if arguments.service and not any(matches(row.name) for row in view.services(opened)):
+        if matches and arguments.service and not view.services(opened, matches):
             raise NothingError(
                 f"no Service {arguments.service} is programmed"
                 + (f" in namespace {arguments.namespace}" if arguments.namespace else "")
                 + "; `ebpfproxy services` lists them (headless and ExternalName ones are for DNS only)"
             )
-        rows = [row for row in read(opened) if matches(service_of(row))]
+        rows = read(opened, matches)
     protocol = getattr(arguments, "protocol", None)
     if protocol:
         rows = [row for row in rows if _protocol(row) == protocol]
-    is_filtered = arguments.namespace or arguments.service or protocol
-    show(rows, columns, arguments.output, empty="nothing matches" if is_filtered else empty)
+    show(rows, columns, arguments.output, empty="nothing matches" if is_chosen or protocol else empty)
     return ExitCode.OK
 
 

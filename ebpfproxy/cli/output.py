@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_GAP = 3  # spaces between columns
+
+
 class Column(NamedTuple, Generic[T]):
     """One column of a table."""
 
@@ -38,12 +41,13 @@ def show(rows: Sequence[T], columns: Sequence[Column[T]], style: str, *, empty: 
 
 def table(rows: Sequence[T], columns: Sequence[Column[T]], *, is_wide: bool = False) -> str:
     """Return ``rows`` as a table; an empty cell is a dash, so that columns can be cut by a script."""
-    from tabulate import tabulate
-
-    shown = [column for column in columns if is_wide or not column.is_wide]
-    cells = [[_cell(column.text(row)) for column in shown] for row in rows]
-    text = tabulate(cells, [column.header for column in shown], "plain", disable_numparse=True)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    cells = []
+    for column in columns:
+        if is_wide or not column.is_wide:
+            texts = [column.header, *(_cell(column.text(row)) for row in rows)]
+            width = max(map(len, texts)) + _GAP
+            cells.append([text.ljust(width) for text in texts])
+    return "\n".join("".join(line).rstrip() for line in zip(*cells, strict=True))
 
 
 def encode(value: Any, style: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from ebpfproxy.dataplane.bpf.layouts import BACKEND, SERVICE, SLOT_SIZE, U32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
 
     from ebpfproxy.dataplane.bpf.tables import Table
 
@@ -39,16 +39,17 @@ def read_tables(maps: Mapping[str, Readable]) -> dict[str, Table]:
     return have
 
 
-def used_backends(memory: memoryview) -> Iterator[tuple[int, bytes]]:
-    """Yield (id, value) of the backends that are not free, fast where nothing is used."""
-    size, state = BACKEND.size, BACKEND.offsets["state"]
-    per_block = 128
-    empty = bytes(size * per_block)
-    for start in range(0, len(memory), len(empty)):
-        block = bytes(memory[start : start + len(empty)])
-        if block == empty[: len(block)]:
-            continue
-        first = start // size
-        for at in range(0, len(block), size):
-            if block[at + state]:
-                yield first + at // size, block[at : at + size]
+def used_backends(memory: memoryview, services: Container[int] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield (id, value) of the backends that are not free: of all services, or of those with these ids."""
+    size = BACKEND.size
+    for number, (state, service) in enumerate(zip(*backend_columns(memory), strict=True)):
+        if state and (services is None or service in services):
+            yield number, bytes(memory[number * size : (number + 1) * size])
+
+
+def backend_columns(memory: memoryview) -> tuple[bytes, list[int]]:
+    """Return the states and the service ids of the backends, up to the last one that is not free."""
+    size = BACKEND.size
+    states = bytes(memory[BACKEND.offsets["state"] :: size]).rstrip(b"\0")  # BACKEND_FREE
+    services = memory.cast("I")[BACKEND.offsets["service"] // 4 :: size // 4]
+    return states, services[: len(states)].tolist()

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ebpfproxy.dataplane.bpf import view
-from ebpfproxy.dataplane.bpf.layouts import BACKEND, PROTOCOL_NAME, SERVICE, SERVICE_STATS
-from ebpfproxy.libbpf import lib
+from ebpfproxy.dataplane.bpf.layouts import PROTOCOL_NAME, SERVICE_STATS
 from ebpfproxy.metrics import Reading, ServiceCount
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def read(bpffs: Path) -> Reading:
         services = list(_services(maps))
         return Reading(
             verdicts={row.verdict: row.count for row in view.verdicts(maps)},
-            maps=_usage(maps, len(services)),
+            maps=_usage(maps),
             services=services,
         )
 
@@ -42,24 +41,11 @@ def _services(maps: view.Maps) -> Iterator[ServiceCount]:
         yield ServiceCount(namespace, service, port, protocol, family, stats.connections, stats.refused)
 
 
-def _usage(maps: view.Maps, services: int) -> dict[str, tuple[int, int]]:
+def _usage(maps: view.Maps) -> dict[str, tuple[int, int]]:
     """Return entries in use and limit of each map; of the arrays, how much of them is in use."""
-    backends = maps["backends"]
-    used = {"service_names": services, "service_stats": services, "slots": _slots(maps)}
-    used["backends"] = used["backend_stats"] = _backends(backends.mmap())
+    used = view.usage_of_arrays(maps)
     return {
         name: (used[name] if name in used else maps[name].estimate(), maps[name].max_entries)
         for name in maps.names()
         if name != "verdicts"  # an array of counters: never full
     }
-
-
-def _slots(maps: view.Maps) -> int:
-    """Return how many slots services point to; frontends share ranges."""
-    return sum(count for _, count in {SERVICE.unpack(value)[1:3] for _, value in maps["services"].items()})
-
-
-def _backends(memory: memoryview) -> int:
-    """Return how many backends are not free."""
-    states = bytes(memory[BACKEND.offsets["state"] :: BACKEND.size])
-    return len(states) - states.count(lib.BACKEND_FREE)

@@ -44,13 +44,16 @@ from ebpfproxy.dataplane.bpf.layouts import (
     unpack_port,
     unpack_slots,
 )
-from ebpfproxy.dataplane.bpf.read import used_backends
+from ebpfproxy.dataplane.bpf.read import backend_columns, used_backends
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.libbpf import Map, ffi, lib
 from ebpfproxy.model.services import FrontendKind, Policy, Protocol, Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
+    from typing import TypeAlias
+
+    Chosen: TypeAlias = Callable[[str], bool]  # whether a service's name is asked for
 
 _KINDS = {
     lib.VIP_CLUSTER_IP: FrontendKind.CLUSTER_IP.value,
@@ -69,6 +72,7 @@ _SCOPES = {lib.SCOPE_INTERNAL: "internal", lib.SCOPE_EXTERNAL: "external"}
 _FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
 _SERVICE_KINDS = lib.VIP_CLUSTER_IP | lib.VIP_EXTERNAL_IP | lib.VIP_LOAD_BALANCER
 _NS = 1_000_000_000
+_ANY = (any_address(4), any_address(6))  # what a NodePort's VIP is in map services
 
 
 class ServiceRow(msgspec.Struct, frozen=True):
@@ -223,24 +227,35 @@ class Maps:
 
     def service_names(self) -> dict[int, tuple[str, int, int]]:
         """Return service id -> (name, protocol number, family)."""
-        found = {}
-        for key, value in self["service_names"].items():
-            name = SERVICE_NAME.read(value)
-            found[U32.unpack(key)[0]] = (name.text.rstrip(b"\0").decode(), name.proto, name.family)
-        return found
+        return {U32.unpack(key)[0]: _name(value) for key, value in self["service_names"].items()}
 
-    def frontends(self) -> list[tuple[ServiceKey, ServiceValue]]:
-        """Return the entries of map services."""
-        return [(SERVICE_KEY.read(key), SERVICE.read(value)) for key, value in self["services"].items()]
+    def frontends(self, ids: Container[int] | None = None) -> list[tuple[ServiceKey, ServiceValue]]:
+        """Return the entries of map services: all, or those of the services with these ids."""
+        return [
+            (SERVICE_KEY.read(key), SERVICE.read(value))
+            for key, value in self["services"].items()
+            if ids is None or SERVICE.unpack(value)[0] in ids
+        ]
 
-    def backends(self) -> dict[int, BackendValue]:
-        """Return the backends by id."""
-        return {number: BACKEND.read(value) for number, value in used_backends(self["backends"].mmap())}
+    def backends(self, ids: Container[int] | None = None) -> dict[int, BackendValue]:
+        """Return the backends by id: all, or those of the services with these ids."""
+        memory = self["backends"].mmap()
+        return {number: BACKEND.read(value) for number, value in used_backends(memory, ids)}
+
+    def usable(self, services: Iterable[ServiceValue]) -> set[int]:
+        """Return the ids of the backends that new connections to these may go to."""
+        ranges = {(value.slot_base, value.slot_count): value for value in services}
+        return {backend for value in ranges.values() for backend in self.slots(value)}
 
     def slots(self, service: ServiceValue) -> list[int]:
         """Return the backend ids in a service's slots."""
         start = service.slot_base * SLOT_SIZE
         return unpack_slots(self["slots"].mmap()[start : start + service.slot_count * SLOT_SIZE])
+
+
+def _name(value: bytes) -> tuple[str, int, int]:
+    name = SERVICE_NAME.read(value)
+    return name.text.rstrip(b"\0").decode(), name.proto, name.family
 
 
 def open_maps(bpffs: Path) -> Maps:
@@ -274,7 +289,7 @@ def _endpoint(address: str, port: int) -> str:
 
 
 def _frontend(key: ServiceKey) -> str:
-    if key.vip in (any_address(4), any_address(6)):
+    if key.vip in _ANY:
         return f"*:{unpack_port(key.port)}"
     return endpoint(key.vip, key.port)
 
@@ -287,34 +302,20 @@ def _idle_s(stamp_ns: int) -> float:
     return round(max(0, time.monotonic_ns() - stamp_ns) / _NS, 1)
 
 
-def _address_key(text: str) -> tuple[int, bytes]:
-    address, _, port = text.rpartition(":")
-    if address == "*":
-        return (int(port), b"")
-    return (int(port), pack_address(address.strip("[]")))
-
-
 # -- nouns ---------------------------------------------------------------------------------------
 
 
-def services(maps: Maps) -> list[ServiceRow]:
-    """Return every Service port that has a frontend, by name."""
-    names = maps.service_names()
+def services(maps: Maps, chosen: Chosen | None = None) -> list[ServiceRow]:
+    """Return every Service port that has a frontend, or the ``chosen`` of them, by name."""
+    names, ids = _names(maps, chosen)
     frontends: dict[int, list[tuple[ServiceKey, ServiceValue]]] = defaultdict(list)
-    for key, value in maps.frontends():
+    for key, value in maps.frontends(ids):
         frontends[value.id].append((key, value))
-    total: Counter[int] = Counter()
-    is_open: Counter[int] = Counter()
-    stats = maps["backend_stats"].mmap()
-    for number, backend in maps.backends().items():
-        total[backend.service] += backend.state != lib.BACKEND_GONE
-        is_open[backend.service] += max(0, _backend_stats(stats, number)[1])
+    total, is_open = _tally(maps)
     counters = maps["service_stats"].mmap()
     rows = []
     for number, entries in frontends.items():
         name, proto, family = names.get(number, (f"#{number}", entries[0][0].proto, 0))
-        ranges = {(value.slot_base, value.slot_count): value for _, value in entries}
-        usable = {backend for value in ranges.values() for backend in maps.slots(value)}
         count = SERVICE_STATS.read(counters[number * SERVICE_STATS.size :][: SERVICE_STATS.size])
         first = entries[0][1]
         rows.append(
@@ -322,14 +323,10 @@ def services(maps: Maps) -> list[ServiceRow]:
                 name=name,
                 protocol=_protocol(proto),
                 family=family,
-                kinds=tuple(dict.fromkeys(_KINDS[bit] for bit in sorted({v.kind for _, v in entries}))),
-                frontends=tuple(
-                    sorted(
-                        {_frontend(key) for key, _ in entries}, key=lambda t: (t[0] == "*", _address_key(t))
-                    )
-                ),
+                kinds=tuple(_KINDS[bit] for bit in sorted({value.kind for _, value in entries})),
+                frontends=_frontends(key for key, _ in entries),
                 scheduler=_SCHEDULERS.get(first.scheduler, str(first.scheduler)),
-                backends_usable=len(usable),
+                backends_usable=len(maps.usable(value for _, value in entries)),
                 backends_total=total[number],
                 open=is_open[number],
                 connections=count.connections,
@@ -340,20 +337,51 @@ def services(maps: Maps) -> list[ServiceRow]:
     return sorted(rows, key=lambda row: (row.name, row.protocol, row.family))
 
 
+def _names(
+    maps: Maps, chosen: Chosen | None
+) -> tuple[dict[int, tuple[str, int, int]], Container[int] | None]:
+    """Return the names of the chosen services by id, and the ids to look for: None = all."""
+    names = maps.service_names()
+    if chosen is None:
+        return names, None
+    names = {number: name for number, name in names.items() if chosen(name[0])}
+    return names, names
+
+
+def _tally(maps: Maps) -> tuple[Counter[int], Counter[int]]:
+    """Return how many backends each service has, and how many connections are open to them."""
+    total: Counter[int] = Counter()
+    is_open: Counter[int] = Counter()
+    states, owners = backend_columns(maps["backends"].mmap())
+    width = BACKEND_STATS.size // 8
+    counts = maps["backend_stats"].mmap().cast("q")[BACKEND_STATS.offsets["open"] // 8 :: width]
+    for state, owner, count in zip(states, owners, counts[: len(states)].tolist(), strict=True):
+        if state != lib.BACKEND_FREE:
+            total[owner] += state != lib.BACKEND_GONE
+            if count > 0:
+                is_open[owner] += count
+    return total, is_open
+
+
+def _frontends(keys: Iterable[ServiceKey]) -> tuple[str, ...]:
+    """Return the frontends of a service port, those at addresses first."""
+    found = {(key.vip in _ANY, key.port, key.vip): key for key in keys}
+    return tuple(_frontend(found[order]) for order in sorted(found))
+
+
 def _backend_stats(memory: memoryview, number: int) -> tuple[int, int]:
     """Return (connections ever, open now) of a backend."""
     stats = BACKEND_STATS.read(memory[number * BACKEND_STATS.size :][: BACKEND_STATS.size])
     return stats.connections, stats.open
 
 
-def backends(maps: Maps) -> list[BackendRow]:
-    """Return every backend, by service, address and port."""
-    names = maps.service_names()
-    ranges = {(value.slot_base, value.slot_count): value for _, value in maps.frontends()}
-    usable = {backend for value in ranges.values() for backend in maps.slots(value)}
+def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
+    """Return every backend, or those of the ``chosen`` services, by service, address and port."""
+    names, ids = _names(maps, chosen)
+    usable = maps.usable(value for _, value in maps.frontends(ids))
     stats = maps["backend_stats"].mmap()
     rows = []
-    found = sorted(maps.backends().items(), key=lambda item: (item[1].address, item[1].port))
+    found = sorted(maps.backends(ids).items(), key=lambda item: (item[1].address, item[1].port))
     for number, backend in found:
         connections, is_open = _backend_stats(stats, number)
         rows.append(
@@ -375,10 +403,12 @@ def backends(maps: Maps) -> list[BackendRow]:
     return sorted(rows, key=lambda row: (row.service, row.protocol))
 
 
-def connections(maps: Maps) -> list[ConnectionRow]:
+def connections(maps: Maps, chosen: Chosen | None = None) -> list[ConnectionRow]:
     """Return the flows that pass through this node and the sockets on it, by service and client."""
     names = maps.service_names()
-    rows = list(_flows(maps, names)) + list(_sockets(maps, names))
+    rows = [*_flows(maps, names), *_sockets(maps, names)]
+    if chosen is not None:
+        rows = [row for row in rows if chosen(row.service)]
     return sorted(rows, key=lambda row: (row.service, row.kind, row.client))
 
 
@@ -422,17 +452,17 @@ def _sockets(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Con
             )
 
 
-def affinity(maps: Maps) -> list[AffinityRow]:
+def affinity(maps: Maps, chosen: Chosen | None = None) -> list[AffinityRow]:
     """Return the affinity entries that have not expired, by service and client."""
-    names = maps.service_names()
-    found = maps.backends()
-    timeouts = {value.id: value.affinity_s for _, value in maps.frontends()}
-    rows = []
-    for key, value in maps["affinity"].items():
-        row = _affinity_row(key, value, names, found, timeouts)
-        if row is not None:
-            rows.append(row)
-    return sorted(rows, key=lambda row: (row.service, row.client))
+    entries = maps["affinity"].items()
+    ids = {AFFINITY_KEY.read(key).service for key, _ in entries}
+    if not ids:
+        return []
+    names, _ = _names(maps, chosen)
+    found = maps.backends(ids)
+    timeouts = {value.id: value.affinity_s for _, value in maps.frontends(ids)}
+    rows = (_affinity_row(key, value, names, found, timeouts) for key, value in entries)
+    return sorted((row for row in rows if row), key=lambda row: (row.service, row.client))
 
 
 def _affinity_row(
@@ -466,15 +496,7 @@ def _cookie(client: bytes) -> int:
 
 def map_usage(maps: Maps) -> list[MapRow]:
     """Return how full each map is; of the arrays, how much of them is in use."""
-    ranges = {(value.slot_base, value.slot_count) for _, value in maps.frontends()}
-    in_use = sum(1 for _ in used_backends(maps["backends"].mmap()))
-    arrays = {
-        "slots": sum(count for _, count in ranges),
-        "backends": in_use,
-        "backend_stats": in_use,
-        "service_stats": maps["service_names"].count(),
-        "verdicts": maps["verdicts"].max_entries,
-    }
+    arrays = usage_of_arrays(maps)
     rows = []
     for name in maps.names():
         opened = maps[name]
@@ -482,6 +504,21 @@ def map_usage(maps: Maps) -> list[MapRow]:
         percent = round(100 * entries / opened.max_entries, 1)
         rows.append(MapRow(name, entries, opened.max_entries, percent, _memory(opened)))
     return rows
+
+
+def usage_of_arrays(maps: Maps) -> dict[str, int]:
+    """Return how much of each array is in use."""
+    # Frontends share ranges of slots.
+    ranges = {SERVICE.unpack(value)[1:3] for _, value in maps["services"].items()}
+    states, _ = backend_columns(maps["backends"].mmap())
+    in_use = len(states) - states.count(lib.BACKEND_FREE)
+    return {
+        "slots": sum(count for _, count in ranges),
+        "backends": in_use,
+        "backend_stats": in_use,
+        "service_stats": maps["service_names"].count(),
+        "verdicts": maps["verdicts"].max_entries,
+    }
 
 
 def _memory(opened: Map) -> int:
@@ -524,7 +561,8 @@ def explain(maps: Maps, vip: str, port: int, protocol: Protocol, source: str | N
     if not kinds & ~lib.VIP_LOCAL:
         answer = f"{vip} is no address of any Service here: its traffic is left alone"
         return Explanation(destination, source or "", answer, ())
-    scopes = [lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL]
+    # What comes from outside never reaches a loopback address.
+    scopes = [lib.SCOPE_INTERNAL] if address.is_loopback else [lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL]
     if source is not None:
         scopes = [_scope_of(maps, source)]
     matches = []
@@ -583,12 +621,11 @@ def _find(
 
 
 def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | None) -> Match:
-    names = maps.service_names()
-    found = maps.backends()
+    found = maps.backends((service.id,))
     slots = Counter(maps.slots(service))
     policy = Policy.LOCAL if service.flags & lib.SERVICE_LOCAL else Policy.CLUSTER
     mine = sorted(
-        ((number, b) for number, b in found.items() if b.service == service.id),
+        found.items(),
         key=lambda item: (item[1].address, item[1].port),
     )
     has_ready = any(found[number].state == lib.BACKEND_READY for number in slots if number in found)
@@ -608,13 +645,15 @@ def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | Non
         for number, b in mine
         if number not in slots
     )
+    text = maps["service_names"].get(U32.pack(service.id))
+    name, proto, family = _name(text) if text is not None else (f"#{service.id}", key.proto, 0)
     row = None
     if source is not None and service.affinity_s:
         client = AFFINITY_KEY.pack(pack_address(source), service.id, lib.CLIENT_ADDR)
         value = maps["affinity"].get(client)
         if value is not None:
+            names = {service.id: (name, proto, family)}
             row = _affinity_row(client, value, names, found, {service.id: service.affinity_s})
-    name, proto, _ = names.get(service.id, (f"#{service.id}", key.proto, 0))
     return Match(
         scope=_SCOPES[key.scope],
         frontend=f"{_frontend(key)}/{_protocol(proto)}",
