@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+from itertools import groupby
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ebpfproxy.cli import output, pins
 from ebpfproxy.cli.exit_codes import ExitCode
@@ -14,14 +18,14 @@ if TYPE_CHECKING:
     import argparse
 
 _CANDIDATES: list[Column[view.Candidate]] = [
-    Column("  CANDIDATE", lambda row: "  " + row.backend),
+    Column("CANDIDATE", lambda row: row.backend),
     Column("STATE", lambda row: row.state),
     Column("WEIGHT", lambda row: row.weight),
     Column("SHARE", lambda row: f"{row.share:.1%}"),
     Column("LOCAL", lambda row: "yes" if row.is_local else "no"),
 ]
 _EXCLUDED: list[Column[view.Excluded]] = [
-    Column("  NOT", lambda row: "  " + row.backend),
+    Column("NOT", lambda row: row.backend),
     Column("BECAUSE", lambda row: row.reason),
 ]
 
@@ -42,20 +46,21 @@ def _text(found: view.Explanation) -> list[str]:
     """Return an explanation for people, line by line."""
     source = f" from {found.source}" if found.source else ""
     lines = [f"{found.destination}{source}: {found.answer}"]
-    for match in found.matches:
+    for match, scopes in groupby(found.matches, lambda match: msgspec.structs.replace(match, scope="")):
         affinity = (
             f", client keeps its backend {output.seconds(match.affinity_s)}" if match.affinity_s else ""
         )
+        scope = " and ".join(each.scope for each in scopes)
         lines += [
             "",
-            f"{match.scope} traffic: frontend {match.frontend} ({match.kind}) of {match.service}",
+            f"{scope} traffic: frontend {match.frontend} ({match.kind}) of {match.service}",
             f"  policy {match.policy}, scheduler {match.scheduler}{affinity}",
         ]
         if match.affinity:
             left = output.seconds(match.affinity.expires_s)
             lines.append(f"  client {match.affinity.client} is bound to {match.affinity.backend} for {left}")
         if match.candidates:
-            lines.append(output.table(match.candidates, _CANDIDATES))
+            lines.append(textwrap.indent(output.table(match.candidates, _CANDIDATES), "  "))
         if match.excluded:
-            lines.append(output.table(match.excluded, _EXCLUDED))
+            lines.append(textwrap.indent(output.table(match.excluded, _EXCLUDED), "  "))
     return lines

@@ -72,15 +72,20 @@ def vip_port(text: str) -> VipPort:
 
 
 def ip_address(text: str) -> str:
-    """Return an IP address in canonical form.
+    """Return an IP address in canonical form, an IPv4-mapped one (``::ffff:10.0.0.1``) as IPv4.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: it is none, or has a zone.
     """
     try:
-        return str(ipaddress.ip_address(text))
+        address = ipaddress.ip_address(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            raise argparse.ArgumentTypeError(f"{text!r}: no Service has an address with a zone")
+        address = address.ipv4_mapped or address
+    return str(address)
 
 
 def map_size(text: str) -> tuple[str, int]:

@@ -80,6 +80,7 @@ def ebpfproxy(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         ("[fd00::10]:443", ("fd00::10", 443, "TCP")),
         ("[FD00:0:0::10]:53/udp", ("fd00::10", 53, "UDP")),
         ("127.0.0.1:65535", ("127.0.0.1", 65535, "TCP")),
+        ("[::ffff:10.96.0.10]:80", ("10.96.0.10", 80, "TCP")),
     ],
 )
 def test_vip_port(text: str, expected: tuple[str, int, str]) -> None:
@@ -100,6 +101,7 @@ def test_vip_port(text: str, expected: tuple[str, int, str]) -> None:
         ("10.96.0.10:80/icmp", "none of tcp, udp, sctp"),
         ("web:80", "no IP address"),
         ("10.96.0.256:80", "no IP address"),
+        ("[fe80::1%eth0]:80", "zone"),
     ],
 )
 def test_vip_port_says_what_is_wrong(text: str, reason: str) -> None:
@@ -549,6 +551,12 @@ def test_filters(agent: Agent) -> None:
     assert names("shop") == {"default/shop:http", "default/shop:metrics"}
     assert names("-n", "default", "shop:http") == {"default/shop:http"}
     assert names("--protocol", "udp") == set()
+    assert names("-n", "nowhere") == set()
+    backends = {row["service"] for row in agent.rows("backends", "shop:metrics")}
+    assert backends == {"default/shop:metrics"}
+    connections = {row["service"] for row in agent.rows("connections", "default/web")}
+    assert connections == {"default/web:http"}
+    assert agent.rows("connections", "shop") == []
     unknown = agent.cli("backends", "nothing", "--bpffs", agent.net.bpffs, check=False)
     assert unknown.returncode == ExitCode.NOTHING
     assert unknown.stderr.startswith("ebpfproxy: no Service nothing is programmed")
@@ -569,6 +577,11 @@ def test_explain(agent: Agent) -> None:
         "[fd00:244::11]:8080",
         "[fd00:244::12]:8080",
     ]
+    both = explain("10.96.0.10:80").stdout.splitlines()
+    assert "internal and external traffic: frontend 10.96.0.10:80/TCP (ClusterIP) of default/web:http" in both
+    assert (both[-2].index("CANDIDATE"), both[-1].index("10.244.")) == (2, 2)
+    loopback = json.loads(explain("127.0.0.1:30080", "-o", "json").stdout)
+    assert [each["scope"] for each in loopback["matches"]] == ["internal"], "never from outside"
     assert explain("10.96.0.10:81").returncode == ExitCode.NOTHING
     assert explain("203.0.113.1:80").returncode == ExitCode.NOTHING
 
