@@ -48,8 +48,8 @@ LOCK_FILE = "lock"
 MODE = "bpf"
 PINS = "ebpfproxy"  # our directory in the BPF file system
 
-# Exit codes of ``run``.
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+# Exit codes of ``run``; the command line has the same.
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED = 0, 1, 2, 3
 
 _TICK_S = 1.0
 # Manifests are many small objects without cycles. With Python's default of 700 for the first number, reading
@@ -253,7 +253,7 @@ class Agent:
                 if once and (self._runner.failures or self._feed.failures):
                     return EXIT_FAILED
                 if once and self._state is not None:
-                    return EXIT_FAILED if self._problems.has("source", "allocation", "resolve") else EXIT_OK
+                    return EXIT_REFUSED if self._problems.has("source", "allocation", "resolve") else EXIT_OK
                 if not self._must_stop:
                     poller.poll(max(0.0, self._due() - time.monotonic()) * 1000 + 1)
                 self._alarm.silence()
@@ -526,7 +526,7 @@ class Agent:
     def _summary(self) -> str:
         count = len(self._state.services) if self._state else 0
         failing = f", failing: {self._problems.of('sync')[0]}" if self._problems.has("sync") else ""
-        return f"{count} service ports{failing}"
+        return f"{count} service port{'' if count == 1 else 's'}{failing}"
 
     def _write_status(self, state: str = "") -> None:
         if not state:
@@ -596,8 +596,8 @@ def _read_ledger(path: Path) -> dict[str, Any]:
 def run(options: Options) -> int:
     """Run the agent until a signal ends it; return the exit code.
 
-    0: ended on request, or ``once`` and all is well; 1: failed, or ``once`` and some objects were refused
-    (all others are programmed); 2: wrong configuration or flags.
+    0: ended on request, or ``once`` and all is well; 1: failed; 2: wrong configuration or flags; 3: ``once``
+    and some objects were refused (all others are programmed).
     """
     log.setup(options.log_format or "text")
     gc.set_threshold(*_GC_THRESHOLD)

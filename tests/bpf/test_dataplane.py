@@ -171,6 +171,13 @@ class TestLife:
         for path in (options.bpffs / "ebpfproxy/gone").iterdir():
             path.unlink()
 
+    def test_a_cgroup_that_is_not_there_is_named(self, options: BpfOptions) -> None:
+        with (
+            pytest.raises(KernelError, match=r"nowhere: No such file or directory; name a cgroup2 directory"),
+            running(replace(options, cgroup=options.cgroup / "nowhere")),
+        ):
+            pass
+
     def test_after_an_error_the_kernel_is_read_again(
         self, options: BpfOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -249,6 +256,21 @@ class TestDevices:
             dataplane.tick()
             assert "v2" not in dataplane.devices
             assert not any("v2" in name for name in on_devices(options))
+
+    def test_a_device_is_told_of_once(
+        self,
+        options: BpfOptions,
+        inside: Netns,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """All devices are attached to anew now and then: that is no news."""
+        monkeypatch.setattr("ebpfproxy.dataplane.bpf.dataplane.RECHECK_S", 0.0)
+        add_device(inside, "v0")
+        with caplog.at_level("INFO"), running(replace(options, devices=("v0",))) as dataplane:
+            dataplane.tick()
+            dataplane.tick()
+        assert [each for each in caplog.messages if "attached" in each] == ["attached to device v0 by tcx"]
 
     def test_only_named_devices(self, options: BpfOptions, inside: Netns) -> None:
         for name in ("v0", "v1", "x0"):

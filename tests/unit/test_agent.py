@@ -564,7 +564,7 @@ def test_a_wrong_configuration_at_a_reload_changes_nothing(running: Callable[...
     [
         ([Set(service("a", 1), "a.yaml")], [], 0),
         ([Set(service("a", 1), "a.yaml")], [DataplaneError("no")], 1),
-        ([Set(service("a", 1), "a.yaml"), Reported(("b.yaml: is broken",))], [], 1),
+        ([Set(service("a", 1), "a.yaml"), Reported(("b.yaml: is broken",))], [], 3),
     ],
 )
 def test_once_ends_with_the_result(

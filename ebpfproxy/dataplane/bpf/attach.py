@@ -89,6 +89,7 @@ class Attachments:
         self._use_tcx = has_tcx() if use_tcx is None else use_tcx
         self._attached: dict[str, int] = {}  # device name -> index
         self._reported: set[str] = set()
+        self._told: dict[str, int] = {}  # as _attached, but for what the log says: it forgets nothing
         self._are_filters_checked = False
 
     @property
@@ -147,7 +148,9 @@ class Attachments:
                 continue
             self._reported.discard(name)
             self._attached[name] = index
-            log.info("attached to device %s by %s", name, self.how)
+            if self._told.get(name) != index:
+                self._told[name] = index
+                log.info("attached to device %s by %s", name, self.how)
         if not self._are_filters_checked:
             self._remove_filters(set() if self._use_tcx else set(wanted.values()))
             self._are_filters_checked = True
@@ -159,7 +162,14 @@ class Attachments:
 
     def _attach_cgroup_program(self, program: Program) -> None:
         path = self._links / program.name
-        cgroup_id = self._cgroup.stat().st_ino  # a cgroup's id is its inode number (kernfs, 64 bit)
+        try:
+            cgroup_id = self._cgroup.stat().st_ino  # a cgroup's id is its inode number (kernfs, 64 bit)
+        except OSError as error:
+            raise KernelError(
+                f"attach program {program.name} to cgroup {self._cgroup}: {error.strerror}; "
+                "name a cgroup2 directory with --cgroup",
+                error.errno or 0,
+            ) from error
 
         def is_ours(link: Link) -> bool:
             info = link.info()
