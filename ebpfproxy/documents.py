@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from typing import Any, ClassVar
@@ -20,12 +21,25 @@ class DocumentError(EbpfproxyError):
 
 
 class _Loader(_Base):  # type: ignore[misc]  # chosen at run time
-    """Reads YAML as kubectl does: times stay text, and 1:30 is no number in base 60."""
+    """Reads YAML as kubectl does: times stay text, 1:30 is no number in base 60, a key stands there once."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in _KEPT_TAGS]
         for first, resolvers in _Base.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Return a mapping; what ``<<`` merges in may be there twice, what is written may not."""
+        if len(node.value) > 1:
+            seen = set()
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:str":
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -49,7 +63,9 @@ def read(name: str, data: bytes) -> list[Any]:
     Raises:
         DocumentError: it is not YAML or JSON.
     """
-    return _read_json(name, data) if name.endswith(".json") else _read_yaml(name, data)
+    if name.endswith(".json"):
+        return _read_json(name, data.removeprefix(codecs.BOM_UTF8))  # editors put it there
+    return _read_yaml(name, data)
 
 
 def _read_yaml(name: str, data: bytes) -> list[Any]:

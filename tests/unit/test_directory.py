@@ -318,6 +318,7 @@ def test_kinds_that_are_left_out_are_said_once(
         ("a.yaml", "ok: 1\n---\nx: [1, 2\n", "a.yaml, line 4, column 1: is not YAML: "),
         ("a.yaml", "ok: 1\nx: \x00\n", "a.yaml, line 2: is not YAML: "),
         ("a.yaml", "x: !!python/object:os.system {}\n", "a.yaml, line 1, column 4: is not YAML: "),
+        ("a.yaml", "x: 1\ny: {}\nx: 2\n", "a.yaml, line 3, column 1: is not YAML: the key 'x' is there tw"),
         ("a.json", '{"kind": "Service",\n "metadata": }', "a.json, line 2, column 14: is not JSON: "),
         ("a.json", "[" * 200_000, "a.json: is not JSON: nested too deep"),
     ],
@@ -334,6 +335,32 @@ def test_a_file_that_does_not_parse_keeps_its_objects(
     running.expect({"a": 1, "b": 2}, problem)
     (path / name).write_text(service("a", 3))
     running.expect({"a": 3, "b": 2})
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_files_as_editors_write_them(
+    path: Path, watch: Callable[..., Watch], name: str, encoding: str, newline: str
+) -> None:
+    text = json.dumps(json.loads(service("a", 1)), indent=1)
+    (path / name).write_text(text, encoding=encoding, newline=newline)
+    watch().expect({"a": 1})
+
+
+def test_anchors_and_merged_keys(path: Path, watch: Callable[..., Watch]) -> None:
+    """What ``<<`` merges in gives way to what is written beside it; YAML 1.1 merge key type."""
+    (path / "a.yaml").write_text(
+        """
+        apiVersion: v1
+        kind: List
+        items:
+        - &a {apiVersion: v1, kind: Service, metadata: {name: a}, spec: {ports: [{port: 1}]}}
+        - <<: *a
+          metadata: {name: b}
+        """
+    )
+    watch().expect({"a": 1, "b": 1})
 
 
 def test_a_half_written_file_is_read_again_when_it_is_whole(path: Path, watch: Callable[..., Watch]) -> None:
