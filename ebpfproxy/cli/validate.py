@@ -37,10 +37,14 @@ def run(arguments: argparse.Namespace) -> ExitCode:
             print(problem)
         count = len(report.problems)
         print(
-            f"{report.objects} objects in {report.files} files: "
-            + (f"{count} problem{'s' if count > 1 else ''}" if count else "no problems")
+            f"{_count(report.objects, 'object')} in {_count(report.files, 'file')}: "
+            + (_count(count, "problem") if count else "no problems")
         )
     return ExitCode.FAILED if report.problems else ExitCode.OK
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def validate(paths: Iterable[Path], config_file: Path | None = None) -> Report:
