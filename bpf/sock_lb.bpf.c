@@ -144,10 +144,10 @@ static __always_inline enum verdict connect_socket(void *ctx, struct call *call)
 	struct socket_flow flow;
 	enum verdict verdict;
 
-	/* A second connect() of a socket. Also when it goes elsewhere: getpeername must not show the old VIP. */
-	if (call->proto)
-		forget_connection(call->cookie, call->proto);
 	verdict = find_call_service(ctx, call, &service);
+	/* A second connect() that goes elsewhere: getpeername must not show the old VIP. */
+	if (verdict == VERDICT_NOT_OURS && call->proto)
+		forget_connection(call->cookie, call->proto);
 	if (verdict || !service)
 		return verdict;
 	verdict = choose(ctx, call, service, &flow) ?: remember_connection(call, &flow);

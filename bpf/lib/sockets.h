@@ -109,6 +109,10 @@ static __always_inline enum verdict remember_connection(const struct call *call,
 	struct socket_key key;
 
 	connected_key(&key, call->cookie, call->proto);
+	if (!map_update(sockets, &key, flow, BPF_NOEXIST))
+		return VERDICT_CONTINUE;
+	/* A second connect() ends the first. Most sockets have only one: nothing is looked up for them. */
+	forget_connection(call->cookie, call->proto);
 	return map_update(sockets, &key, flow, BPF_ANY) ? VERDICT_MAP_FULL : VERDICT_CONTINUE;
 }
 
