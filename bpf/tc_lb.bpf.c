@@ -10,6 +10,7 @@
  */
 #include "platform.h"
 #include "conntrack.h"
+#include "reject.h"
 #include "rewrite.h"
 #include "verdict.h"
 
@@ -72,32 +73,31 @@ static __always_inline enum verdict begin_flow(const struct packet *packet, __u3
 	return VERDICT_NEW;
 }
 
-static __always_inline enum verdict translate(struct __sk_buff *skb)
+static __always_inline enum verdict translate(struct __sk_buff *skb, struct packet *packet)
 {
 	struct flow chosen = {}, *flow;
-	struct packet packet;
 	enum verdict verdict;
 	struct vip *vip;
 	__u32 kinds;
 	__u64 now;
 
-	verdict = parse_addresses(skb, &packet);
+	verdict = parse_addresses(skb, packet);
 	if (verdict)
 		return verdict;
-	vip = map_lookup(vips, &packet.flow.dst);
+	vip = map_lookup(vips, &packet->flow.dst);
 	if (!vip)
 		return VERDICT_NOT_OURS;
 	kinds = vip->kinds;
-	verdict = parse_ports(skb, &packet);
+	verdict = parse_ports(skb, packet);
 	if (verdict)
 		return verdict;
-	if (kinds && !may_serve(kinds, packet.flow.dport))
+	if (kinds && !may_serve(kinds, packet->flow.dport))
 		return VERDICT_NOT_OURS;
-	packet.flow.dir = FLOW_FORWARD;
+	packet->flow.dir = FLOW_FORWARD;
 	now = bpf_ktime_get_ns();
-	flow = map_lookup(conntrack, &packet.flow);
-	if (flow && !is_over(&packet, flow, now)) {
-		note_packet(&packet, flow, now);
+	flow = map_lookup(conntrack, &packet->flow);
+	if (flow && !is_over(packet, flow, now)) {
+		note_packet(packet, flow, now);
 		verdict = VERDICT_ESTABLISHED;
 		chosen.addr = flow->addr;
 		chosen.port = flow->port;
@@ -105,12 +105,12 @@ static __always_inline enum verdict translate(struct __sk_buff *skb)
 		if (flow)
 			end_flow(flow);
 		chosen.last_seen_ns = now;
-		verdict = begin_flow(&packet, kinds, &chosen);
+		verdict = begin_flow(packet, kinds, &chosen);
 		if (verdict != VERDICT_NEW)
 			return verdict;
 	}
-	return rewrite(skb, &packet, false, &chosen.addr, chosen.port) ? verdict
-								       : VERDICT_REWRITE_FAILED;
+	return rewrite(skb, packet, false, &chosen.addr, chosen.port) ? verdict
+								      : VERDICT_REWRITE_FAILED;
 }
 
 static __always_inline enum verdict restore(struct __sk_buff *skb)
@@ -141,7 +141,16 @@ static __always_inline enum verdict restore(struct __sk_buff *skb)
 SEC("tc")
 int tc_ingress(struct __sk_buff *skb)
 {
-	return tc_exit(translate(skb));
+	bool is_answer = false;
+	struct packet packet;
+	enum verdict verdict = translate(skb, &packet);
+
+	if (is_rejection(verdict))
+		verdict = reject(skb, &packet, verdict, &is_answer);
+	if (!is_answer)
+		return tc_exit(verdict);
+	count(verdict);
+	return bpf_redirect(skb->ifindex, 0);
 }
 
 SEC("tc")

@@ -22,6 +22,8 @@ enum limits {
 	SERVICE_NAME_MAX = 192,
 	/* Length of the version stamp in struct config, NUL included. */
 	STAMP_MAX = 40,
+	/* The longest answer (RFC 4443 2.4 (c): 1280 bytes), rounded up to what is summed in parts of 512. */
+	REJECT_PACKET_MAX = 1576,
 };
 
 /* An IP address in network byte order; IPv4 as ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
@@ -254,6 +256,12 @@ struct local_source_key {
 	struct addr source;
 };
 
+/* The one value of per-CPU array rejects: what tc_lb needs to answer a refused packet. */
+struct reject {
+	__u64 paid_ns;			/* CLOCK_MONOTONIC up to which answers were sent; how far it lags is the budget */
+	__u8 packet[REJECT_PACKET_MAX];	/* the answer while it is made */
+};
+
 /* Why the dataplane did what it did; index of per-CPU array verdicts (__u64 count). */
 enum verdict {
 	VERDICT_CONTINUE = 0,		/* helper result "go on"; never counted */
@@ -272,7 +280,8 @@ enum verdict {
 	VERDICT_BIND_DENIED = 13,	/* bind() to a NodePort refused */
 	VERDICT_REWRITE_FAILED = 14,	/* the kernel refused a header write: dropped */
 	VERDICT_CLOSED = 15,		/* a translated socket was closed */
-	VERDICT_MAX = 16,		/* number of verdicts, not one */
+	VERDICT_REJECT_LIMITED = 16,	/* a rejection over the rate limit: dropped without an answer */
+	VERDICT_MAX = 17,		/* number of verdicts, not one */
 };
 
 #endif /* EBPFPROXY_ABI_H */

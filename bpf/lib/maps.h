@@ -23,5 +23,6 @@ MAP(affinity, LRU_HASH, struct affinity_key, struct affinity, 131072, 0);
 MAP(backend_stats, ARRAY, __u32, struct backend_stats, 262144, BPF_F_MMAPABLE);
 MAP(service_stats, ARRAY, __u32, struct service_stats, 65536, BPF_F_MMAPABLE);
 MAP(verdicts, PERCPU_ARRAY, __u32, __u64, VERDICT_MAX, 0);
+MAP(rejects, PERCPU_ARRAY, __u32, struct reject, 1, 0);
 
 #endif /* EBPFPROXY_MAPS_H */

@@ -14,11 +14,18 @@ static __always_inline void count(enum verdict verdict)
 		*counter += 1;
 }
 
+/* Refused with an answer, as nobody listens; the other refusals are silent. */
+static __always_inline bool is_rejection(enum verdict verdict)
+{
+	return verdict == VERDICT_REJECT_EMPTY || verdict == VERDICT_REJECT_UNUSED;
+}
+
 static __always_inline bool is_refusal(enum verdict verdict)
 {
 	switch (verdict) {
 	case VERDICT_REJECT_EMPTY:
 	case VERDICT_REJECT_UNUSED:
+	case VERDICT_REJECT_LIMITED:
 	case VERDICT_DROP_EMPTY:
 	case VERDICT_DROP_SOURCE:
 	case VERDICT_MAP_FULL:

@@ -82,9 +82,13 @@ def test_answered_by(world: World, row: Row, origin: str, family: int, transport
 
 REFUSED = [
     Row("no endpoints", BY_SOCKET, known.EMPTY, 80, frozenset()),
+    Row("no endpoints", BY_PACKET, known.EMPTY, 80, frozenset(), ("tcp", "udp-connected")),
     Row("unused port of a cluster IP", BY_SOCKET, known.WEB, 9999, frozenset()),
+    Row("unused port of a cluster IP", BY_PACKET, known.WEB, 9999, frozenset(), ("tcp", "udp-connected")),
     Row("unused port of a load balancer", BY_SOCKET, known.BALANCED, 9999, frozenset()),
+    Row("unused port of a load balancer", BY_PACKET, known.BALANCED, 9999, frozenset(), ("tcp",)),
     Row("UDP on a TCP port", BY_SOCKET, known.WEB, 81, frozenset(), ("udp", "udp-connected")),
+    Row("UDP on a TCP port", BY_PACKET, known.WEB, 81, frozenset(), ("udp-connected",)),
     Row("a NodePort that no Service has", EVERYWHERE, NODE_IPS, 30999, frozenset(), ("tcp", "udp-connected")),
     Row("loopback in a pod", ("pod-in-cgroup",), LOOPBACK, 30080, frozenset(), ("tcp", "udp-connected")),
     Row("cluster IP's port on the node", EVERYWHERE, NODE_IPS, 80, frozenset(), ("tcp", "udp-connected")),
@@ -98,8 +102,6 @@ def test_refused_at_once(world: World, row: Row, origin: str, family: int, trans
 
 
 LOST = [
-    Row("no endpoints", BY_PACKET, known.EMPTY, 80, frozenset(), ("tcp", "udp")),
-    Row("unused port of a cluster IP", BY_PACKET, known.WEB, 9999, frozenset(), ("tcp", "udp")),
     Row("external policy Local, none local", ("outside",), NODE_IPS, 30019, frozenset(), ("tcp", "udp")),
     Row("internal policy Local, none local", ("pod",), known.REMOTE_ONLY, 80, frozenset(), ("tcp", "udp")),
     Row("outside the source ranges", ("outside",), known.GUARDED, 80, frozenset(), ("tcp", "udp")),

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 SECOND_NS = 10**9
 NODE_PORTS = (30000, 32767)
 UDP_IDLE_S = 60
-#: Actions of tc programs, linux/pkt_cls.h: the next filter's turn, drop.
+#: Actions of tc programs, linux/pkt_cls.h: the next filter's turn, drop, send it from a device.
 TC_ACT_UNSPEC = 0xFFFFFFFF
 TC_ACT_SHOT = 2
+TC_ACT_REDIRECT = 7
+#: Verdicts whose packet is an answer, sent back; every other packet goes on.
+REJECTIONS = {"REJECT_EMPTY", "REJECT_UNUSED"}
 
 VERDICTS = {
     getattr(lib, name): name.removeprefix("VERDICT_")
@@ -117,7 +120,7 @@ class Outcome(NamedTuple):
     """What a program did with one packet."""
 
     verdict: str
-    packet: Packet | None  # None: dropped
+    packet: Packet | None  # None: dropped; of a rejection: the answer
 
 
 def packed(address: str) -> bytes:
@@ -169,6 +172,7 @@ class Node:
         ):
             entries = self.map(name)
             entries.delete_batch([key for key, _ in entries.items()])
+        self.reject_from(0)
 
     def map(self, name: str) -> Map:
         """Return a map."""
@@ -344,6 +348,13 @@ class Node:
                 setattr(value, member, max(getattr(value, member) - int(seconds * SECOND_NS), 0))
                 self.map(name).update(key, to_bytes(value))
 
+    def reject_from(self, time_ns: int) -> None:
+        """Let every CPU's budget for rejections be spent up to a CLOCK_MONOTONIC time."""
+        entry = self.map("rejects")
+        each = to_bytes(struct_of("reject", paid_ns=time_ns))
+        assert len(each) == entry.stride
+        entry.update(number(0), each * lib.libbpf_num_possible_cpus())
+
     def _structs(self, name: str, struct: str) -> dict[bytes, Any]:
         found = {}
         for key, value in self.map(name).items():
@@ -375,7 +386,7 @@ class Node:
         assert len(counted) == 1, f"one packet, one verdict; counted {counted}"
         if result.retval == TC_ACT_SHOT:
             return Outcome(counted[0], None)
-        assert result.retval == TC_ACT_UNSPEC
+        assert result.retval == (TC_ACT_REDIRECT if counted[0] in REJECTIONS else TC_ACT_UNSPEC)
         return Outcome(counted[0], Ether(result.data))
 
 

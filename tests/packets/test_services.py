@@ -86,7 +86,8 @@ def test_which_service(node: Node, family: Family, case: Case) -> None:
     elif case.verdict == "NOT_OURS":
         assert raw(arrived) == raw(packet)
     else:
-        assert arrived is None
+        assert arrived is not None
+        assert arrived[TCP].flags == "RA"
     assert len(node.flows()) == (2 if verdict == "NEW" else 0)
     assert node.service_stats(internal) == (int(case.backend == 0), 0)
     assert node.service_stats(external) == (int(case.backend == 1), 0)
@@ -114,7 +115,8 @@ def test_protocols_are_apart(node: Node, family: Family) -> None:
 def test_no_backend(node: Node, family: Family, flags: int, verdict: str) -> None:
     service = node.service(family.vip, PORT, [], flags=flags)
     outcome = node.ingress(syn(family, family.vip, PORT))
-    assert outcome == (verdict, None)
+    assert outcome.verdict == verdict
+    assert (outcome.packet is None) == (verdict == "DROP_EMPTY")
     assert node.service_stats(service) == (0, 1)
     assert not node.flows()
 

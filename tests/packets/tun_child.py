@@ -25,6 +25,13 @@ DEVICE = "tun0"
 TIMEOUT_S = 5
 
 
+def is_answer(sent: bytes, got: bytes) -> bool:
+    """Tell our datagrams and rejections from the kernel's hints that both ends are behind one device."""
+    if sent[0] >> 4 == 4:
+        return got[9] == socket.IPPROTO_UDP or got[12:16] == sent[16:20]
+    return got[6] == socket.IPPROTO_UDP or got[8:24] == sent[24:40]
+
+
 def main() -> None:
     ingress, egress, *routes = sys.argv[1:]
     tun = os.open("/dev/net/tun", os.O_RDWR)
@@ -51,8 +58,7 @@ def main() -> None:
                 if not readable:
                     sys.exit("nothing came back")
                 answer = os.read(tun, 65536)
-                # The kernel also sends ICMP: that there is a shorter way, as both are behind one device.
-                if answer[9 if answer[0] >> 4 == 4 else 6] == socket.IPPROTO_UDP:
+                if is_answer(packet, answer):
                     print(answer.hex(), flush=True)
                     break
 

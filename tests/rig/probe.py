@@ -57,6 +57,11 @@ class RemoteSocket:
         data, sender = self._call("recvfrom", 65536)
         return data, tuple(sender[:2])
 
+    def recvmsg(self) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        """Return data and ancillary data."""
+        data, ancillary, _, _ = self._call("recvmsg", 65536, 4096)
+        return data, ancillary
+
     def getpeername(self) -> tuple[str, int]:
         address, port = self._call("getpeername")[:2]
         return address, port

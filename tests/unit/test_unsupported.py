@@ -21,7 +21,7 @@ PLAIN = service("web", [HERE, THERE], [cluster_ip("10.96.0.1")])
         (service("web", [HERE, THERE], [node_port(30080)], external_policy=Policy.LOCAL), None),
         (service("web", [THERE], [node_port(30080)]), "outside to a backend on another node"),
         (service("web", [HERE], [cluster_ip("10.96.0.1")], protocol=Protocol.SCTP), "SCTP"),
-        (service("web", [], [cluster_ip("10.96.0.1")]), "dropped, not rejected"),
+        (service("web", [], [cluster_ip("10.96.0.1")]), None),
         (
             service("web", [HERE], [load_balancer("192.0.2.9")], source_ranges=("10.0.0.0/8",)),
             "loadBalancerSourceRanges",

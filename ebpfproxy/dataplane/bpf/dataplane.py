@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
-from ebpfproxy.dataplane.bpf.attach import Attachments, netns_cookie
+from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
 from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.read import read_tables
@@ -80,13 +80,19 @@ class BpfDataplane:
                 "connect() to a Service without backends fails with EPERM instead of ECONNREFUSED: "
                 "this kernel lacks bpf_set_retval (Linux 5.18)"
             )
+        host_netns = netns_cookie()
+        if host_netns == NO_NETNS and options.node_ports[1]:
+            self.problems.append(
+                "NodePorts do not answer on 127.0.0.1 and ::1: this kernel does not tell its network namespaces "
+                "apart (SO_NETNS_COOKIE, Linux 5.14), and the agent is not in the machine's own"
+            )
         self._loaded = choose(options.loader).load(
             LoadOptions(
                 maps_dir=self._root / "maps",
                 config={
                     "node_port_min": options.node_ports[0],
                     "node_port_max": options.node_ports[1],
-                    "host_netns": netns_cookie(),
+                    "host_netns": host_netns,
                     "udp_idle_ns": int(options.timeouts.udp_idle_s * 1e9),
                     "features": features,
                 },
@@ -242,12 +248,6 @@ def unsupported(state: DesiredState) -> list[str]:
         sentences.append(
             "loadBalancerSourceRanges refuse sockets on this node that are not bound to an address, whatever "
             f"their address will be: {names(ranges)}"
-        )
-    empty = [s for s in state.services if s.frontends and not s.cluster.backends]
-    if empty:
-        sentences.append(
-            "without a usable backend, packets that enter this node are dropped, not rejected (sockets on it "
-            f"get ECONNREFUSED): {names(empty)}"
         )
     remote = [
         s

@@ -47,5 +47,5 @@ def _usage(maps: view.Maps) -> dict[str, tuple[int, int]]:
     return {
         name: (used[name] if name in used else maps[name].estimate(), maps[name].max_entries)
         for name in maps.names()
-        if name != "verdicts"  # an array of counters: never full
+        if name not in {"verdicts", "rejects"}  # counters, and the programs' own memory: never full
     }
