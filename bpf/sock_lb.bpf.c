@@ -40,6 +40,14 @@ static __always_inline int report_exit(enum verdict verdict)
 	return CALL_GOES_ON;
 }
 
+/* Is the caller in the node's own network namespace? The agent may not know its cookie (Linux 5.14): of the
+ * initial one, NULL has it.
+ */
+static __always_inline bool is_in_host_netns(void *ctx)
+{
+	return bpf_get_netns_cookie(ctx) == (config.host_netns ?: bpf_get_netns_cookie(NULL));
+}
+
 /* Under which address map vips knows `addr`; false: a loopback address of a namespace that is not the node's. */
 static __always_inline bool vip_of(void *ctx, const struct addr *addr, struct addr *vip)
 {
@@ -48,7 +56,7 @@ static __always_inline bool vip_of(void *ctx, const struct addr *addr, struct ad
 		vip->w[3] = bpf_htonl(LOOPBACK4);
 	else if (!addr_is_loopback6(addr))
 		return true;
-	return bpf_get_netns_cookie(ctx) == config.host_netns;
+	return is_in_host_netns(ctx);
 }
 
 static __always_inline enum verdict find_call_service(void *ctx, const struct call *call,
@@ -221,7 +229,7 @@ static __always_inline enum verdict bind_socket(struct bpf_sock *ctx, const stru
 	struct addr address;
 	struct vip *vip;
 
-	if (!proto || !is_node_port(port) || bpf_get_netns_cookie(ctx) != config.host_netns)
+	if (!proto || !is_node_port(port) || !is_in_host_netns(ctx))
 		return VERDICT_NOT_OURS;
 	if (addr_is_any(addr)) {
 		service = find_node_port(true, port, proto, SCOPE_EXTERNAL);

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS
 from ebpfproxy.libbpf import lib
 from ebpfproxy.loader import Loaded, LoadOptions, choose
 from ebpfproxy.loader.bcc import headers_problem
@@ -43,13 +44,19 @@ CONFIG = {
     "node_port_min": NODE_PORTS[0],
     "node_port_max": NODE_PORTS[1],
     "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
-    "features": lib.FEATURE_SET_RETVAL,
+    "features": lib.FEATURE_SET_RETVAL if kernel.is_since(5, 18) else 0,
 }
 
 
 @pytest.fixture(scope="session")
 def host(nothing_left: None) -> Iterator[kernel.Netns]:
-    """The node's own network namespace: nothing but loopback in it."""
+    """The node's own network namespace: nothing but loopback in it.
+
+    Before Linux 5.14 no namespace can be told from others but the initial one.
+    """
+    if not kernel.is_since(5, 14):
+        yield kernel.OwnNetns()
+        return
     with kernel.new_netns("host") as made:
         yield made
 
@@ -62,7 +69,8 @@ def programs(request: pytest.FixtureRequest, host: kernel.Netns) -> Iterator[Loa
             script = [ROOT / "scripts/bcc-headers"]
             made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
             patch.setenv("BCC_KERNEL_SOURCE", made.stdout.strip())
-        cookie = int(host.place().run(sys.executable, "-c", COOKIE).stdout)
+        known = kernel.is_since(5, 14)
+        cookie = int(host.place().run(sys.executable, "-c", COOKIE).stdout) if known else INITIAL_NETNS
         loaded = choose(request.param).load(
             LoadOptions(maps_dir=bpffs / "maps", config={**CONFIG, "host_netns": cookie}, sizes=SIZES)
         )

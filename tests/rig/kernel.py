@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NETNS_DIRECTORY = Path("/run/netns")
+
+
+def is_since(*version: int) -> bool:
+    """Return whether this kernel is of ``version`` or later."""
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= version
+
+
+#: How a call fails that a cgroup program refused with ECONNREFUSED; before Linux 5.18 there is only EPERM.
+REFUSED = ConnectionRefusedError if is_since(5, 18) else PermissionError
 
 
 def mounts() -> list[tuple[str, Path]]:
@@ -82,6 +92,13 @@ class Netns:
 
     def __repr__(self) -> str:
         return f"Netns({self.name})"
+
+
+class OwnNetns(Netns):
+    """The network namespace of the tests themselves."""
+
+    def __init__(self) -> None:
+        self.name, self.path = "", Path("/proc/self/ns/net")
 
 
 # IPv6 addresses are usable at once: no duplicate address detection. Autoconfiguration stays out of it.

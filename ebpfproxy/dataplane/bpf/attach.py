@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink
@@ -16,7 +17,6 @@ from ebpfproxy.libbpf.probes import has_tcx
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
-    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ DEVICE_PROGRAMS = {
 }
 # asm-generic/socket.h; Python has no name for it. Linux 5.14.
 SO_NETNS_COOKIE = 71
+#: Values that no namespace's number has: the programs ask for the initial one's; nobody's.
+INITIAL_NETNS, NO_NETNS = 0, 2**64 - 1
 #: Our filters' names start so: cleanup knows them by it.
 FILTER_PREFIX = "ebpfproxy_"
 #: Directory beside the links' pins: which devices had no clsact qdisc before us.
@@ -50,12 +52,23 @@ QDISC_MARKS = "clsact"
 
 
 def netns_cookie() -> int:
-    """Return the kernel's number of this network namespace; 0 before Linux 5.14."""
+    """Return how the programs know this network namespace.
+
+    The kernel's number of it. Before Linux 5.14 that can't be asked for: ``INITIAL_NETNS``, or, if this is
+    another one, ``NO_NETNS``.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
         except OSError:
-            return 0
+            return INITIAL_NETNS if _is_netns_of_init() else NO_NETNS
+
+
+def _is_netns_of_init() -> bool:
+    try:
+        return Path("/proc/1/ns/net").samefile("/proc/thread-self/ns/net")
+    except OSError:
+        return False
 
 
 def pin_name(program: str, device: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ebpfproxy import host
-from ebpfproxy.dataplane.bpf.attach import CGROUP_PROGRAMS, REQUIRED, netns_cookie
+from ebpfproxy.dataplane.bpf.attach import CGROUP_PROGRAMS, INITIAL_NETNS, NO_NETNS, netns_cookie
 from ebpfproxy.errors import EbpfproxyError
 from ebpfproxy.libbpf import Map, MapDefinition, lib, probes
 
@@ -110,10 +110,12 @@ def probe() -> list[Feature]:
         ),
         _feature(
             "SO_NETNS_COOKIE",
-            netns_cookie() != 0,
+            netns_cookie() not in (INITIAL_NETNS, NO_NETNS),
             "5.14",
-            "NodePorts on loopback",
-            "NodePorts do not answer on 127.0.0.1 and ::1",
+            "NodePorts on loopback, if the agent is not in the machine's own network namespace",
+            "NodePorts do not answer on 127.0.0.1 and ::1"
+            if netns_cookie() == NO_NETNS
+            else "the agent is in the machine's own: NodePorts do answer there",
         ),
         _feature(
             "kernel BTF",
@@ -165,7 +167,6 @@ def _hooks() -> list[Feature]:
     features = []
     for program, (kind, attach_type) in _HOOKS.items():
         purpose, since = CGROUP_PROGRAMS[program]
-        without = "" if program in REQUIRED else "this does not work; all else does"
         ok = probes.has_attach_type(kind, attach_type)
-        features.append(_feature(f"cgroup hook of {program}", ok, since, purpose, without))
+        features.append(_feature(f"cgroup hook of {program}", ok, since, purpose))
     return features
