@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
-from ebpfproxy.dataplane.bpf.attach import Attachments, netns_cookie
-from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL
+from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
+from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL, usable
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import Tables
-from ebpfproxy.errors import DataplaneError, MapFullError
+from ebpfproxy.errors import DataplaneError, KernelError, LoadError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import lib
 from ebpfproxy.libbpf.probes import has_helper
 from ebpfproxy.loader import Loaded, LoadOptions, choose
@@ -80,19 +80,30 @@ class BpfDataplane:
                 "connect() to a Service without backends fails with EPERM instead of ECONNREFUSED: "
                 "this kernel lacks bpf_set_retval (Linux 5.18)"
             )
-        self._loaded = choose(options.loader).load(
-            LoadOptions(
-                maps_dir=self._root / "maps",
-                config={
-                    "node_port_min": options.node_ports[0],
-                    "node_port_max": options.node_ports[1],
-                    "host_netns": netns_cookie(),
-                    "udp_idle_ns": int(options.timeouts.udp_idle_s * 1e9),
-                    "features": features,
-                },
-                sizes=options.sizes,
+        host_netns = netns_cookie()
+        if host_netns == NO_NETNS and options.node_ports[1]:
+            self.problems.append(
+                "NodePorts do not answer on 127.0.0.1 and ::1: this kernel does not tell network namespaces "
+                "apart (SO_NETNS_COOKIE, Linux 5.14), and the agent is not in the machine's own"
             )
+        load = LoadOptions(
+            maps_dir=self._root / "maps",
+            config={
+                "node_port_min": options.node_ports[0],
+                "node_port_max": options.node_ports[1],
+                "host_netns": host_netns,
+                "udp_idle_ns": int(options.timeouts.udp_idle_s * 1e9),
+                "features": features,
+            },
+            sizes=options.sizes,
         )
+        try:
+            self._loaded = choose(options.loader).load(load)
+        except (KernelError, LoadError) as error:
+            missing = usable()  # says it better than the verifier
+            if missing is None:
+                raise
+            raise UnsupportedError(missing) from error
         self._collector = Collector(self._loaded.maps, options.timeouts)
         self._watch = netlink.Watch()
         self._attachments = Attachments(
