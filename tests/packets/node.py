@@ -345,7 +345,8 @@ class Node:
             ("sockets", "struct socket_flow *", "last_used_ns"),
         ):
             for key, value in self._structs(name, struct).items():
-                setattr(value, member, max(getattr(value, member) - int(seconds * SECOND_NS), 0))
+                # The programs subtract modulo 2**64: it may be before the machine started.
+                setattr(value, member, (getattr(value, member) - int(seconds * SECOND_NS)) % 2**64)
                 self.map(name).update(key, to_bytes(value))
 
     def reject_from(self, time_ns: int) -> None:
