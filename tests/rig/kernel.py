@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,13 @@ def new_cgroup() -> Iterator[Path]:
 
 
 def remove_cgroup(path: Path) -> None:
-    """Kill every process in the cgroup and below, then remove it (Linux 5.14 has cgroup.kill)."""
-    (path / "cgroup.kill").write_text("1")
+    """Kill every process in the cgroup and below, then remove it."""
+    if is_since(5, 14):
+        (path / "cgroup.kill").write_text("1")
+    else:
+        for file in path.rglob("cgroup.procs"):
+            for pid in file.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
     eventually(
         lambda: "populated 0" in (path / "cgroup.events").read_text(), f"the processes of {path} to end"
     )
