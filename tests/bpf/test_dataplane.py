@@ -16,7 +16,7 @@ import pytest
 
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import features, view
-from ebpfproxy.dataplane.bpf.attach import FILTER_PREFIX, pin_name
+from ebpfproxy.dataplane.bpf.attach import FILTER_PREFIX, NO_NETNS, netns_cookie, pin_name
 from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
 from ebpfproxy.dataplane.bpf.layouts import U32
@@ -543,12 +543,10 @@ def test_service_ids_are_unique(options: BpfOptions) -> None:
 
 
 def test_the_netns_cookie_is_of_the_thread_s_namespace(inside: Netns) -> None:
-    from ebpfproxy.dataplane.bpf.attach import netns_cookie
-
     here = netns_cookie()
     there: list[int] = []
     thread = threading.Thread(target=lambda: there.append(netns_cookie()))
     thread.start()
     thread.join()
-    assert here
     assert here == there[0]
+    assert is_since(5, 14) == (here != NO_NETNS)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS, is_in_initial_netns
 from ebpfproxy.libbpf import Link, Map, Object, lib
 from ebpfproxy.loader import OBJECTS
 from packets.conftest import CONFIG
@@ -420,6 +421,25 @@ def test_loopback_of_a_pod_is_its_own(
         with pod.socket(SOCK_STREAM, af) as client, pytest.raises(ConnectionRefusedError):
             client.connect(address, NODE_PORT)
         assert node.verdicts()["NOT_OURS"] > before
+
+
+@pytest.mark.skipif(not is_in_initial_netns(), reason="not in the initial network namespace")
+def test_loopback_of_the_initial_namespace(node: Node, netns: kernel.Netns, cgroup: Path) -> None:
+    """Before Linux 5.14 nobody can ask for a namespace's cookie, but the programs know the initial one's."""
+    node.service(V4.any, NODE_PORT, [Backend("127.0.0.1", NOBODY)], kind=lib.VIP_NODE)
+    node.vip("127.0.0.1", lib.VIP_NODE | lib.VIP_LOCAL)
+    with own_programs(node, host_netns=INITIAL_NETNS) as made, ExitStack() as stack:
+        for name in made.maps:
+            made.reuse(name, node.map(name))
+        made.load()
+        programs = [stack.enter_context(made.program(name)) for name in made.programs]
+        stack.enter_context(attached(programs, cgroup))
+        for place, verdict in ((kernel.OwnNetns().place(cgroup), "NEW"), (netns.place(cgroup), "NOT_OURS")):
+            client = stack.enter_context(Probe(place)).socket(SOCK_STREAM)
+            before = node.verdicts()[verdict]
+            with pytest.raises(ConnectionRefusedError):
+                client.connect("127.0.0.1", NODE_PORT)
+            assert node.verdicts()[verdict] == before + 1
 
 
 def test_node_port_on_the_nodes_address(node: Node, probe: Probe, side: Side) -> None:

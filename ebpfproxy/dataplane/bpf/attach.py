@@ -61,10 +61,11 @@ def netns_cookie() -> int:
         try:
             return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
         except OSError:
-            return INITIAL_NETNS if _is_netns_of_init() else NO_NETNS
+            return INITIAL_NETNS if is_in_initial_netns() else NO_NETNS
 
 
-def _is_netns_of_init() -> bool:
+def is_in_initial_netns() -> bool:
+    """Return whether this thread is in the network namespace of process 1, as far as it may know."""
     try:
         return Path("/proc/1/ns/net").samefile("/proc/thread-self/ns/net")
     except OSError:
