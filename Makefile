@@ -23,7 +23,7 @@ export PYTHONDONTWRITEBYTECODE :=
 ##@ Use
 
 build: $(RUN_READY) $(FFI_READY) objects ## a ready .venv/bin/ebpfproxy, with BPF objects and both loaders
-	@:
+	@$(BIN)/python -m compileall -q ebpfproxy
 
 demo: build apt-demo ## Services on real traffic: namespaces, HTTP servers, the agent, a table of who answered
 	@PYTHONPATH=tests $(BIN)/python scripts/demo.py $(ARGS)
@@ -57,6 +57,7 @@ wheel: build $(TEST_READY) ## dist/*.whl, with the C sources, the compiled objec
 
 clean: ## remove everything that make made
 	@rm -rf $(VENV) $(OBJECTS) build dist *.egg-info ebpfproxy/libbpf/_ffi.*
+	@find ebpfproxy -name __pycache__ -prune -exec rm -rf {} +
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 help: ## this list
