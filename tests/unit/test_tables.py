@@ -233,7 +233,9 @@ def test_tables_index_all_backends_although_the_pool_holds_some() -> None:
     ("map_name", "limit"),
     [
         ("service_names", 3),
+        ("service_stats", 3),
         ("backends", 7),
+        ("backend_stats", 7),
         ("slots", 6),
         ("services", 5),
         ("vips", 2),

@@ -24,7 +24,7 @@ PLAIN = service("web", [HERE, THERE], [cluster_ip("10.96.0.1")])
         (service("web", [], [cluster_ip("10.96.0.1")]), None),
         (
             service("web", [HERE], [load_balancer("192.0.2.9")], source_ranges=("10.0.0.0/8",)),
-            "loadBalancerSourceRanges",
+            "left to the real load balancer",
         ),
         (msgspec.structs.replace(PLAIN, health_check_node_port=32000), None),
     ],

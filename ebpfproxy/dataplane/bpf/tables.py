@@ -249,10 +249,10 @@ class Tables:
         self._touched: dict[str, set[Any]] = {name: set() for name in NAMES}
         self._new: dict[str, set[Any]] = {name: set() for name in NAMES}  # wanted, not in ``have``
         self._limits = limits
-        self._service_ids = IdAllocator(
-            "service_names", min(limits["service_names"], limits["service_stats"])
-        )
-        self._backend_ids = IdAllocator("backends", min(limits["backends"], limits["backend_stats"]))
+        smaller = min("service_names", "service_stats", key=limits.__getitem__)
+        self._service_ids = IdAllocator(smaller, limits[smaller])
+        smaller = min("backends", "backend_stats", key=limits.__getitem__)
+        self._backend_ids = IdAllocator(smaller, limits[smaller])
         self._slots = SlotAllocator(limits["slots"], SLOT_GRACE_S)
         self._entries: dict[bytes, _Entry] = {}
         self._by_id: dict[int, _Entry] = {}
