@@ -79,4 +79,6 @@ def _ledger(state_dir: Path) -> dict[str, Any]:
 
 def _ranges(config_file: Path | None) -> AllocationOptions:
     settings = config.load(config_file) if config_file else config.Config()
-    return AllocationOptions(settings.service_cluster_ip_ranges, settings.service_node_port_range)
+    return AllocationOptions(
+        settings.service_cluster_ip_ranges, settings.service_node_port_range, settings.load_balancer_pools
+    )

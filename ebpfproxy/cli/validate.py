@@ -66,7 +66,7 @@ def validate(paths: Iterable[Path], config_file: Path | None = None) -> Report:
             continue
         contents += [(str(file), number, document) for number, document in enumerate(found)]
     options = AllocationOptions(
-        cluster_ip_ranges=settings.service_cluster_ip_ranges, node_port_range=settings.service_node_port_range
+        settings.service_cluster_ip_ranges, settings.service_node_port_range, settings.load_balancer_pools
     )
     wrong, objects = validate_documents(contents, options)
     return Report(len(files), objects, (*problems, *map(str, wrong)))

@@ -416,15 +416,19 @@ def test_validate_names_file_object_and_field(tmp_path: Path) -> None:
     )
 
 
-def test_validate_refuses_a_wrong_configuration_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("modus: bpf", "configuration FILE: Object contains unknown field `modus`"),
+        ("ebpfproxy: {loadBalancerPools: [everywhere]}", "load-balancer pool 'everywhere': "),
+    ],
+)
+def test_validate_refuses_a_wrong_configuration_file(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(
-        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmodus: bpf\n"
-    )
+    file.write_text(f"apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{line}\n")
     result = ebpfproxy("validate", "--config", file, ROOT / "examples")
     assert result.returncode == ExitCode.USAGE
-    assert result.stderr.startswith(f"ebpfproxy: configuration {file}: ")
-    assert "modus" in result.stderr
+    assert result.stderr.startswith("ebpfproxy: " + message.replace("FILE", str(file)))
 
 
 def test_validate_of_what_is_not_there(tmp_path: Path) -> None:
