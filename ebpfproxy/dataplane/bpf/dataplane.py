@@ -251,8 +251,8 @@ def unsupported(state: DesiredState) -> list[str]:
     ranges = [s for s in state.services if s.has_source_ranges]
     if ranges:
         sentences.append(
-            "loadBalancerSourceRanges: sockets on this node that are not bound to an address in them are left "
-            f"to the real load balancer: {names(ranges)}"
+            "loadBalancerSourceRanges: sockets on this node that are not bound to an address in them are "
+            f"left to the real load balancer: {names(ranges)}"
         )
     remote = [
         s
