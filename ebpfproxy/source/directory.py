@@ -118,6 +118,7 @@ class DirectorySource:
     def batches(self) -> Iterator[tuple[SourceEvent, ...]]:
         """Yield what changed, batch by batch; ``Synced`` ends the first one."""
         try:
+            self._next_look = time.monotonic() + _LOOK_S
             names = self._list()
             if self._last_good and self._identity:
                 self._last_good.keep_only(names)
