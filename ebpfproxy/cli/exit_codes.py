@@ -13,7 +13,7 @@ class ExitCode(enum.IntEnum):
     OK = 0
     FAILED = 1  # the operation failed, or a check found something wrong
     USAGE = 2  # or a wrong configuration file
-    NOTHING = 3  # nothing is programmed, no agent runs, or nothing matches; run --once: objects refused
+    NOTHING = 3  # nothing is programmed, no agent runs, no such Service; run --once: objects refused
     INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

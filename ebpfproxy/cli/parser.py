@@ -29,7 +29,7 @@ exit status:
   0    done; what was asked for is there
   1    the operation failed, or the check or validation found something wrong
   2    wrong usage, or a wrong configuration file
-  3    not there: nothing is programmed, no agent runs, nothing matches what was named;
+  3    not there: nothing is programmed, no agent runs, no such Service or VIP (an empty list is 0);
        of `run --once`: some objects were refused, all others are programmed
   130  interrupted (Ctrl-C)
 """
