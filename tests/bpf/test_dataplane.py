@@ -258,20 +258,24 @@ class TestDevices:
             assert "v2" not in dataplane.devices
             assert not any("v2" in name for name in on_devices(options))
 
+    @both_ways
     def test_a_device_is_told_of_once(
         self,
         options: BpfOptions,
         inside: Netns,
         caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
+        use_tcx: bool,
     ) -> None:
         """All devices are attached to anew now and then: that is no news."""
         monkeypatch.setattr("ebpfproxy.dataplane.bpf.dataplane.RECHECK_S", 0.0)
         add_device(inside, "v0")
-        with caplog.at_level("INFO"), running(replace(options, devices=("v0",))) as dataplane:
+        options = replace(options, devices=("v0",), use_tcx=use_tcx)
+        with caplog.at_level("INFO"), running(options) as dataplane:
             dataplane.tick()
             dataplane.tick()
-        assert [each for each in caplog.messages if "attached" in each] == ["attached to device v0 by tcx"]
+        wanted = f"attached to device v0 by {'tcx' if use_tcx else 'clsact'}"
+        assert [each for each in caplog.messages if "attached" in each] == [wanted]
 
     def test_only_named_devices(self, options: BpfOptions, inside: Netns) -> None:
         for name in ("v0", "v1", "x0"):
