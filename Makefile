@@ -38,6 +38,9 @@ completion: build ## install shell completion for bash and zsh system-wide
 test: build apt-test $(TEST_READY) ## every test, as root: unit, scenarios, packets, namespaces (ARGS= for pytest)
 	@scripts/test $(ARGS)
 
+test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux 5.10, 6.1, 6.8 and 6.12, in virtual machines (half an hour)
+	@$(BIN)/python -m pytest -q tests/vm $(ARGS)
+
 test-unit: build $(TEST_READY) ## the tests that need no root
 	@$(BIN)/python -m pytest -q -m "not root and not netns" tests/unit tests/scenarios $(ARGS)
 
@@ -67,7 +70,7 @@ help: ## this list
 # --- what the targets above need ----------------------------------------------------------------------
 
 # Debian packages: asks dpkg every time (10 ms), installs only what is missing.
-apt-build apt-demo apt-lint apt-test: apt-%:
+apt-build apt-demo apt-lint apt-test apt-vm: apt-%:
 	@scripts/deps $*
 
 $(BIN)/python: | apt-build
@@ -100,4 +103,4 @@ $(FFI_READY): bpf/lib/abi.h ebpfproxy/libbpf/_build.py ebpfproxy/libbpf/glue.c e
 objects: | $(RUN_READY) apt-build
 	@$(MAKE) -s -C bpf OUT=$(OBJECTS) PYTHON=$(CURDIR)/$(BIN)/python
 
-.PHONY: build demo completion test test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint
+.PHONY: build demo completion test test-vm test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint apt-vm

@@ -19,7 +19,23 @@ from typing import NamedTuple
 
 DEBIAN = "http://deb.debian.org/debian-security"
 UBUNTU = "http://archive.ubuntu.com/ubuntu"
-KEYRINGS = Path("/usr/share/keyrings")
+# By the keys in them a machine trusts its own distribution; the other's come from a package of known content.
+KEYRINGS = {DEBIAN: "debian-archive-keyring.gpg", UBUNTU: "ubuntu-archive-keyring.gpg"}
+KEYRING_PACKAGES = {
+    DEBIAN: (
+        (
+            "http://deb.debian.org/debian/pool/main/d/debian-archive-keyring/"
+            "debian-archive-keyring_2023.3+deb12u2_all.deb"
+        ),
+        "f699e2f88dca05212f2a452b58475f2993cb6993dfbafb1d0205a3291eb8b4b8",
+    ),
+    UBUNTU: (
+        "http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2023.11.28.1_all.deb",
+        "36de43b15853ccae0028e9a767613770c704833f82586f28eb262f0311adb8a8",
+    ),
+}
+KEYRING_DIRECTORY = Path("/usr/share/keyrings")
+APT_HELPER = "/usr/lib/apt/apt-helper"
 TOOLS = {
     "apt-get": "apt",
     "busybox": "busybox-static",
@@ -41,15 +57,14 @@ class Source(NamedTuple):
 
     uri: str
     suite: str
-    keyring: str
     package: str  # depends on the current build
 
 
 KERNELS = {
-    "5.10": Source(DEBIAN, "bullseye-security", "debian-archive-keyring.gpg", "linux-image-amd64"),
-    "6.1": Source(DEBIAN, "bookworm-security", "debian-archive-keyring.gpg", "linux-image-amd64"),
-    "6.8": Source(UBUNTU, "noble-updates", "ubuntu-archive-keyring.gpg", "linux-image-virtual"),
-    "6.12": Source(DEBIAN, "bookworm-security", "debian-archive-keyring.gpg", "linux-image-6.12-amd64"),
+    "5.10": Source(DEBIAN, "bullseye-security", "linux-image-amd64"),
+    "6.1": Source(DEBIAN, "bookworm-security", "linux-image-amd64"),
+    "6.8": Source(UBUNTU, "noble-updates", "linux-image-virtual"),
+    "6.12": Source(DEBIAN, "bookworm-security", "linux-image-6.12-amd64"),
 }
 """Debian 11, Debian 12, Ubuntu 24.04, Debian 12's backport, by version."""
 
@@ -102,9 +117,7 @@ def fetch(name: str) -> Kernel:
 
 def _download(source: Source, work: Path) -> None:
     """Put the packages of a kernel into ``work``."""
-    keyring = KEYRINGS / source.keyring
-    if not keyring.exists():
-        raise UnavailableError(f"{keyring} is missing: packages of {source.suite} can't be verified")
+    keyring = _keyring(source.uri, work)
     sources = work / "sources.list"
     sources.write_text(f"deb [arch=amd64 signed-by={keyring}] {source.uri} {source.suite} main\n")
     for directory in ("state/lists/partial", "cache/archives/partial"):
@@ -127,6 +140,17 @@ def _download(source: Source, work: Path) -> None:
     if not packages:
         raise UnavailableError(f"{source.suite} has no build of {source.package}")
     _run(["apt-get", *options, "--quiet=2", "download", *packages], work)
+
+
+def _keyring(uri: str, work: Path) -> Path:
+    """Return the keys that an archive signs with."""
+    installed = KEYRING_DIRECTORY / KEYRINGS[uri]
+    if installed.exists():
+        return installed
+    address, checksum = KEYRING_PACKAGES[uri]
+    _run([APT_HELPER, "download-file", address, "keyring.package", f"SHA256:{checksum}"], work)
+    _run(["dpkg", "--extract", "keyring.package", "keyring"], work)
+    return work / "keyring" / installed.relative_to("/")
 
 
 def _run(command: list[str], directory: Path) -> str:

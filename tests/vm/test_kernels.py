@@ -1,0 +1,112 @@
+"""The product on other kernels: what `check` says, and that it is so. Run by ``make test-vm``.
+
+Each test is one start of a virtual machine, which takes some ten seconds, and everything in it is slow: the
+tests that run inside are a choice that leaves no program, no hook and no way to attach out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vm import kernels, machine
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--timeout=600")
+
+
+class Inside(NamedTuple):
+    """What is run on every kernel with pytest, and which tests of it."""
+
+    path: str
+    choice: str  # as pytest's -k
+
+    def __str__(self) -> str:
+        return self.path
+
+
+TESTS = [
+    # Programs load, attach by links and by filters, are swapped, found again and removed.
+    Inside("tests/bpf/test_dataplane.py", "TestLife or TestDevices or TestCleanup or TestView"),
+    # What every program does, but not with every length of packet.
+    Inside("tests/packets", "libbpf and not every_length and not test_random"),
+    # The agent and real traffic.
+    Inside("tests/netns/test_services.py", "local and (TCP or UDP)"),
+]
+
+
+@pytest.fixture(scope="module", params=kernels.KERNELS)
+def kernel(request: pytest.FixtureRequest) -> kernels.Kernel:
+    try:
+        return kernels.fetch(request.param)
+    except kernels.UnavailableError as error:
+        pytest.skip(f"kernel {request.param}: {error}")
+
+
+def version(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a Linux version or release."""
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+def run(kernel: kernels.Kernel, *command: str) -> str:
+    """Return what a command printed under a kernel; it must end with 0."""
+    result = machine.run(kernel, command, timeout_s=1500)
+    assert result.status == 0, result.output
+    return result.output
+
+
+def test_check(kernel: kernels.Kernel) -> None:
+    """Each feature is found if and only if this kernel is of the version that brought it."""
+    assert run(kernel, "uname", "-r").strip() == kernel.release
+    report = json.loads(run(kernel, sys.executable, "-m", "ebpfproxy", "check", "-o", "json"))
+    found = {each["name"]: each["ok"] for each in report["features"] if each["since"]}
+    wanted = {
+        each["name"]: version(kernel.release) >= version(each["since"])
+        for each in report["features"]
+        if each["since"]
+    }
+    assert found == wanted
+    assert {each["name"]: each["reason"] for each in report["dataplanes"]}["bpf"] == ""
+
+
+@pytest.mark.parametrize("tests", TESTS, ids=str)
+def test_tests(kernel: kernels.Kernel, tests: Inside) -> None:
+    output = run(kernel, *PYTEST, tests.path, "-k", tests.choice)
+    assert re.search(r"\d+ passed", output)
+
+
+def test_demo(kernel: kernels.Kernel) -> None:
+    output = run(kernel, "env", f"PYTHONPATH={ROOT / 'tests'}", sys.executable, "scripts/demo.py")
+    assert "everything that was made is removed again" in output
+
+
+class TestMachine:
+    """The virtual machine itself."""
+
+    @pytest.fixture(scope="class")
+    def kernel(self) -> kernels.Kernel:
+        try:
+            return kernels.fetch("6.1")
+        except kernels.UnavailableError as error:
+            pytest.skip(str(error))
+
+    def test_status_and_output_come_back(self, kernel: kernels.Kernel) -> None:
+        result = machine.run(kernel, ["sh", "-c", "echo out; echo err >&2; exit 7"])
+        assert (result.status, result.output) == (7, "out\nerr\n")
+
+    def test_what_it_writes_is_lost(self, kernel: kernels.Kernel) -> None:
+        file = ROOT / "written-in-a-virtual-machine"
+        assert machine.run(kernel, ["sh", "-c", f"echo here >{file} && cat {file}"]).output == "here\n"
+        assert not file.exists()
+
+    def test_it_is_ended_when_the_time_is_over(self, kernel: kernels.Kernel) -> None:
+        with pytest.raises(machine.BootError, match="no end after 30 s") as caught:
+            machine.run(kernel, ["sh", "-c", "echo so far; sleep 1000"], timeout_s=30)
+        assert "so far" in str(caught.value)
