@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from rig import kernel
 from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS
 
 from . import catalogue as known
@@ -22,6 +23,8 @@ EVERYWHERE = ("node", "pod", "pod-in-cgroup", "outside")
 BY_SOCKET = ("node", "pod-in-cgroup")  # sock_lb
 BY_PACKET = ("pod", "outside")  # tc_lb
 LOOPBACK = ("127.0.0.1", "::1")
+#: Else the programs don't know a node that is not the machine's own namespace.
+knows_the_node = pytest.mark.skipif(not kernel.is_since(5, 14), reason="SO_NETNS_COOKIE came with Linux 5.14")
 
 ALL = frozenset({"pod1", "pod2", "pod3"})
 LOCAL = frozenset({"pod1", "pod2"})
@@ -35,6 +38,7 @@ class Row(NamedTuple):
     port: int
     names: frozenset[str]
     transports: tuple[str, ...] = ("tcp", "udp", "udp-connected")
+    marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
 ANSWERED = [
@@ -43,7 +47,7 @@ ANSWERED = [
     Row("cluster IP of a NodePort", EVERYWHERE, known.NODE_PORT, 80, ALL),
     Row("NodePort", EVERYWHERE, NODE_IPS, 30080, ALL),
     Row("NodePort at the node's other address", EVERYWHERE, GATEWAYS, 30080, ALL),
-    Row("NodePort on loopback", ("node",), LOOPBACK, 30080, ALL),
+    Row("NodePort on loopback", ("node",), LOOPBACK, 30080, ALL, marks=(knows_the_node,)),
     Row("external IP", EVERYWHERE, known.EXTERNAL, 80, ALL),
     Row("load balancer", EVERYWHERE, known.BALANCED, 80, ALL),
     Row("external policy Local, from outside", ("outside",), NODE_IPS, 30017, LOCAL),
@@ -59,7 +63,11 @@ ANSWERED = [
 
 def cases(rows: list[Row]) -> list[object]:
     return [
-        pytest.param(row, origin, family, transport, id=f"{row.what}-{origin}-v{'46'[family]}-{transport}")
+        pytest.param(
+            *(row, origin, family, transport),
+            id=f"{row.what}-{origin}-v{'46'[family]}-{transport}",
+            marks=row.marks,
+        )
         for row in rows
         for origin in row.origins
         for family in (0, 1)
@@ -97,7 +105,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("row", "origin", "family", "transport"), cases(REFUSED))
 def test_refused_at_once(world: World, row: Row, origin: str, family: int, transport: str) -> None:
-    with pytest.raises(ConnectionRefusedError):
+    errors = (ConnectionRefusedError, *([kernel.REFUSED] if origin in BY_SOCKET else []))
+    with pytest.raises(errors):
         ask(world, origin, row.vips[family], row.port, transport)
 
 
@@ -234,6 +243,7 @@ def test_closed_connection_does_not_disturb_a_direct_one(world: World, origin: s
 # --- NodePorts can't be stolen
 
 
+@knows_the_node
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", *NODE_IPS, *LOOPBACK])
 def test_bind_to_a_node_port_is_refused_on_the_node(
