@@ -39,7 +39,7 @@ test: build apt-test $(TEST_READY) ## every test, as root: unit, scenarios, pack
 	@scripts/test $(ARGS)
 
 test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux 5.10, 6.1, 6.8 and 6.12, in virtual machines (half an hour)
-	@$(BIN)/python -m pytest -q tests/vm $(ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses 2 tests/vm $(ARGS)
 
 test-unit: build $(TEST_READY) ## the tests that need no root
 	@$(BIN)/python -m pytest -q -m "not root and not netns" tests/unit tests/scenarios $(ARGS)

@@ -6,6 +6,7 @@ changed, so a suite of another release is as near as one's own.
 
 from __future__ import annotations
 
+import fcntl
 import lzma
 import os
 import re
@@ -104,13 +105,15 @@ def fetch(name: str) -> Kernel:
         if not shutil.which(tool):
             raise UnavailableError(f"there is no {tool} here: apt-get install {package}")
     directory = cache_directory() / name
-    if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-            fresh = Path(temporary) / "kernel"
-            _download(KERNELS[name], Path(temporary))
-            _unpack(Path(temporary), fresh)
-            fresh.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two may want the same
+        if not directory.exists():
+            with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+                fresh = Path(temporary) / "kernel"
+                _download(KERNELS[name], Path(temporary))
+                _unpack(Path(temporary), fresh)
+                fresh.rename(directory)
     modules = next((directory / "lib/modules").iterdir())
     return Kernel(modules.name, directory / "vmlinux", modules)
 

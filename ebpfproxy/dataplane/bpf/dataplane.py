@@ -84,8 +84,8 @@ class BpfDataplane:
         if host_netns == NO_NETNS and options.node_ports[1]:
             self.problems.append(
                 "NodePorts do not answer on 127.0.0.1 and ::1, and processes may bind them: this kernel does "
-                "not tell network namespaces apart (SO_NETNS_COOKIE, Linux 5.14), and the agent is not in the "
-                "machine's own"
+                "not tell network namespaces apart (SO_NETNS_COOKIE, Linux 5.14), and the agent is not in "
+                "the machine's own"
             )
         load = LoadOptions(
             maps_dir=self._root / "maps",
