@@ -74,6 +74,12 @@ class FakeMap:
         self.entries.update(items)
         assert len(self.entries) <= self.max_entries, f"the kernel would refuse: map {self.name} is full"
 
+    def get(self, key: bytes) -> bytes | None:
+        return self.entries.get(key)
+
+    def delete(self, key: bytes) -> bool:
+        return self.entries.pop(key, None) is not None
+
     def delete_batch(self, keys: Iterable[bytes]) -> None:
         for key in keys:
             self.entries.pop(key, None)

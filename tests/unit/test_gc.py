@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ebpfproxy.dataplane.bpf import gc
 from ebpfproxy.dataplane.bpf.gc import PASS_S, Collector, Timeouts, Unused
 from ebpfproxy.dataplane.bpf.layouts import (
     AFFINITY,
@@ -143,6 +144,31 @@ def test_udp_entries_to_a_gone_backend_go_at_once() -> None:
         (FLOW_KEY.read(key).proto, FLOW.read(value).backend) for key, value in rig.maps["conntrack"].items()
     ]
     assert sorted(left) == [(TCP, 1), (TCP, 1), (UDP, 2), (UDP, 2)]
+
+
+def test_a_flow_that_took_the_place_of_an_old_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client uses its port again between the collector's look and its delete."""
+    rig = Rig()
+    conntrack = rig.maps["conntrack"]
+    rig.add_flow(TCP, BOTH_FINS, age_s=1000)
+    old = conntrack.items()
+    rig.add_flow(TCP, 0)
+    new = dict(conntrack.entries)
+    monkeypatch.setattr(conntrack, "chunks", lambda _size: iter([old]))
+    rig.collect()
+    assert conntrack.entries == new
+
+
+def test_a_backend_that_comes_back_during_a_pass_keeps_its_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    rig.add_flow(UDP, backend=1)
+    monkeypatch.setattr(gc, "CHUNK", 1)
+    monkeypatch.setattr(gc, "BUDGET_S", 0.0)  # one chunk a step
+    assert rig.collector.step({1}, set(), dict, 0.0) is None
+    assert rig.collector.step(set(), set(), dict, 0.1) is None
+    assert len(rig.maps["conntrack"].entries) == 1, (
+        "what was read while it was gone is deleted, the rest stays"
+    )
 
 
 def test_an_address_is_free_once_no_flow_goes_to_it() -> None:

@@ -89,7 +89,8 @@ class Unused:
 class _Pass:
     """The knowledge of one pass."""
 
-    gone: set[int]
+    gone: set[int]  # nothing found yet that refers to them
+    dead: set[int]  # gone, whether referred to or not: what leads there is deleted
     vips: set[bytes]
     affinity_s: Mapping[int, int]
     work: Iterator[None]
@@ -99,6 +100,16 @@ class _Pass:
 def is_closed(state: int) -> bool:
     """Return whether a flow in this state counts no more as open."""
     return bool(state & lib.FLOW_RESET) or state & _FIN_BOTH == _FIN_BOTH
+
+
+def _delete_unchanged(target: Map, key: bytes, value: bytes) -> None:
+    """Remove an entry if it still is what was judged.
+
+    A new flow may have taken its place since: the process may have slept in between, and clients use ports
+    again. The kernel has no compare-and-delete, so the look comes right before it.
+    """
+    if target.get(key) == value:
+        target.delete(key)
 
 
 class Collector:
@@ -149,10 +160,11 @@ class Collector:
             if now_s < self._due_s:
                 return None
             self._due_s = now_s + PASS_S
-            self._pass = _Pass(set(gone), set(retired_vips), affinity_s(), iter(()))
+            self._pass = _Pass(set(gone), set(gone), set(retired_vips), affinity_s(), iter(()))
             self._pass.work = self._walk(self._pass)
         current = self._pass
         current.gone &= gone  # one that came back is not gone
+        current.dead &= gone
         current.vips &= retired_vips
         end_s = time.monotonic() + BUDGET_S
         for _ in current.work:
@@ -164,8 +176,6 @@ class Collector:
 
     def _walk(self, current: _Pass) -> Iterator[None]:
         """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
-        # Entries to gone UDP backends are deleted, so they are no reason to keep the id.
-        gone = frozenset(current.gone)
         for name, visit in (
             ("conntrack", self._visit_flow),
             ("sockets", self._visit_socket),
@@ -173,17 +183,15 @@ class Collector:
         ):
             for chunk in self._maps[name].chunks(CHUNK):
                 now_ns = self._clock_ns()
-                over = [key for key, value in chunk if visit(current, gone, key, value, now_ns)]
-                if over:
-                    self._maps[name].delete_batch(over)
+                for key, value in chunk:
+                    if visit(current, key, value, now_ns):
+                        _delete_unchanged(self._maps[name], key, value)
                 yield
 
-    def _visit_flow(
-        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
-    ) -> bool:
-        """Return whether a conntrack entry is over."""
+    def _visit_flow(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
+        """Return whether a conntrack entry is over; one to a dead UDP backend is no reason to keep its id."""
         flow_key, flow = FlowKey(*FLOW_KEY.unpack(key)), Flow(*FLOW.unpack(value))
-        if flow_key.proto == IPPROTO_UDP and flow.backend in gone:
+        if flow_key.proto == IPPROTO_UDP and flow.backend in current.dead:
             return True
         if now_ns - flow.last_seen_ns > self._timeouts.of(flow_key.proto, flow.state) * _NS:
             return True
@@ -194,27 +202,23 @@ class Collector:
                 current.open[flow.backend] += 1
         return False
 
-    def _visit_socket(
-        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
-    ) -> bool:
+    def _visit_socket(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
         """Return whether a sockets entry is over; those of connected sockets end with their socket."""
         socket_key, flow = SOCKET_KEY.read(key), SOCKET_FLOW.read(value)
         if socket_key.kind != lib.SOCKET_CONNECTED:
             is_idle = now_ns - flow.last_used_ns > self._timeouts.udp_idle_s * _NS
-            if is_idle or (socket_key.kind == lib.SOCKET_TO_VIP and flow.backend in gone):
+            if is_idle or (socket_key.kind == lib.SOCKET_TO_VIP and flow.backend in current.dead):
                 return True
         current.gone.discard(flow.backend)
         if socket_key.kind != lib.SOCKET_FROM_BACKEND:
             current.open[flow.backend] += 1
         return False
 
-    def _visit_affinity(
-        self, current: _Pass, gone: AbstractSet[int], key: bytes, value: bytes, now_ns: int
-    ) -> bool:
+    def _visit_affinity(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
         """Return whether an affinity entry is over."""
         entry = AFFINITY.read(value)
         timeout_s = current.affinity_s.get(AFFINITY_KEY.read(key).service, 0)
-        return entry.backend in gone or now_ns - entry.last_used_ns > timeout_s * _NS
+        return entry.backend in current.dead or now_ns - entry.last_used_ns > timeout_s * _NS
 
     def _recount(self, found: Mapping[int, int]) -> None:
         """Mend the counters of open connections.
