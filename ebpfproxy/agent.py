@@ -628,6 +628,7 @@ def _run(options: Options, settings: Config) -> int:
     with ExitStack() as stack:
         stack.callback(_lock_state_dir(options.state_dir).close)
         stack.callback(_lock_pins(bpffs).close)
+        _log.info("serving the processes of cgroup %s, maps and links below %s", cgroup, bpffs / PINS)
         dataplane = BpfDataplane(_bpf_options(settings, cgroup, bpffs))
         stack.callback(dataplane.close)
         network = HostNetwork()
@@ -709,6 +710,11 @@ def _lock_state_dir(path: Path) -> files.Lock:
 
 
 def _lock_pins(bpffs: Path) -> files.Lock:
+    if bpffs.is_dir() and not host.is_bpffs(bpffs):
+        raise EbpfproxyError(
+            f"use {bpffs} for pinned maps: it is in no bpf file system; mount one "
+            f"(mount -t bpf bpf {bpffs}), or leave --bpffs out to use the one at /sys/fs/bpf"
+        )
     try:
         pins = bpffs / PINS
         pins.mkdir(mode=0o700, exist_ok=True)

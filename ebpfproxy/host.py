@@ -65,6 +65,13 @@ def find_bpffs() -> Path | None:
     return BPFFS if BPFFS in found else next(iter(found), None)
 
 
+def is_bpffs(path: Path) -> bool:
+    """Return whether ``path`` is in a BPF file system."""
+    whole = path.resolve()
+    over = [mount for mount in _top_mounts() if whole.is_relative_to(mount.path)]
+    return bool(over) and max(over, key=lambda mount: len(mount.path.parts)).type == "bpf"
+
+
 def mount_bpffs(path: Path = BPFFS) -> None:
     """Mount a BPF file system at ``path``.
 
@@ -81,7 +88,11 @@ def mount_bpffs(path: Path = BPFFS) -> None:
 
 def _visible(kind: str) -> Iterator[Path]:
     """Yield where file systems of type ``kind`` are mounted and not mounted over, whole ones first."""
-    found = list(mounts(_MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")))
-    top = {mount.path: mount for mount in found}
-    ours = [mount for mount in top.values() if mount.type == kind and mount.path.is_dir()]
+    ours = [mount for mount in _top_mounts() if mount.type == kind and mount.path.is_dir()]
     yield from (mount.path for mount in sorted(ours, key=lambda mount: mount.root != "/"))
+
+
+def _top_mounts() -> list[Mount]:
+    """Return the mounts that no later one at the same path hides."""
+    found = mounts(_MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape"))
+    return list({mount.path: mount for mount in found}.values())

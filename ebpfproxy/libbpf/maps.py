@@ -339,7 +339,7 @@ class Map(Descriptor):
             raise kernel_error(result, f"read map {self.name}")
 
     def _update_error(self, result: int) -> KernelError | MapFullError:
-        setting = f"raise mapSizes.{self.name} in the configuration"
+        setting = f"raise ebpfproxy.mapSizes.{self.name} in the configuration"
         if -result == errno.E2BIG and self.type in ARRAYS:
             return MapFullError(
                 f"update map {self.name}: index beyond its {self.max_entries} entries; {setting}"
@@ -351,6 +351,6 @@ class Map(Descriptor):
         if -result == errno.ENOMEM:
             return MapFullError(
                 f"update map {self.name} (at most {self.max_entries} entries): the kernel has no memory left "
-                f"for it; give this cgroup or machine more, or lower mapSizes.{self.name}"
+                f"for it; give this cgroup or machine more, or lower ebpfproxy.mapSizes.{self.name}"
             )
         return kernel_error(result, f"update map {self.name}")

@@ -125,7 +125,7 @@ class Object(Closeable):
         failed = re.search(r"map '(\w+)': failed to create", messages)
         what = f"create map {failed[1]} of {self.path.name}" if failed else f"load {self.path.name}"
         if result == -errno.E2BIG or (failed and result in {-errno.ENOMEM, -errno.EINVAL}):
-            what += f" (mapSizes.{failed[1]} asks for too much?)" if failed else ""
+            what += f" (ebpfproxy.mapSizes.{failed[1]} asks for too much?)" if failed else ""
         raise kernel_error(result, what)
 
     def map(self, name: str) -> Map:

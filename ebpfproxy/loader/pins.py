@@ -143,11 +143,12 @@ def definitions(objects: Iterable[Object], sizes: Mapping[str, int]) -> dict[str
                 raise LoadError(f"BPF object {each.path} defines map {name} unlike others; run `make build`")
     for name, size in sizes.items():
         if name not in found:
-            raise ConfigError(f"mapSizes.{name}: there is no such map; there are {', '.join(sorted(found))}")
+            every = ", ".join(sorted(found))
+            raise ConfigError(f"ebpfproxy.mapSizes.{name}: there is no such map; there are {every}")
         if found[name].type == lib.BPF_MAP_TYPE_PERCPU_ARRAY and size != found[name].max_entries:
-            raise ConfigError(f"mapSizes.{name}: the size of this map is fixed, leave it out")
+            raise ConfigError(f"ebpfproxy.mapSizes.{name}: the size of this map is fixed, leave it out")
         if not 0 < size < 1 << 32:
-            raise ConfigError(f"mapSizes.{name} is {size}: a map has 1 to 2^32 - 1 entries")
+            raise ConfigError(f"ebpfproxy.mapSizes.{name} is {size}: a map has 1 to 2^32 - 1 entries")
         found[name] = found[name]._replace(max_entries=size)
     return found
 
@@ -216,7 +217,7 @@ def check_room(old: Map, max_entries: int) -> None:
     if needed > max_entries:
         raise LoadError(
             f"shrink map {old.name} from {old.max_entries} to {max_entries} entries: {needed} are in use; "
-            f"set mapSizes.{old.name} to at least {needed}"
+            f"set ebpfproxy.mapSizes.{old.name} to at least {needed}"
         )
 
 

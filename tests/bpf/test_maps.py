@@ -176,14 +176,16 @@ class TestFull:
                 write()
             assert str(caught.value) == (
                 f"update map {definition.name}: all 64 entries are in use; "
-                f"raise mapSizes.{definition.name} in the configuration"
+                f"raise ebpfproxy.mapSizes.{definition.name} in the configuration"
             )
             assert full.count() == 64, "what fitted stays"
 
     def test_an_array_has_no_index_beyond_its_end(self) -> None:
         with (
             Map.create(ARRAY) as slots,
-            pytest.raises(MapFullError, match=r"index beyond its 600 entries; raise mapSizes\.slots"),
+            pytest.raises(
+                MapFullError, match=r"index beyond its 600 entries; raise ebpfproxy\.mapSizes\.slots"
+            ),
         ):
             slots.update(number(600, 4), bytes(4))
 

@@ -227,6 +227,7 @@ def test_status_tells_what_runs(running: Callable[..., Running]) -> None:
     it.source.put(Set(service("a", 1), "a.yaml"), Reported(("b.yaml is broken",)), Synced("objects"))
     it.dataplane.problems = ["this kernel is old"]
     it.has_problem("this kernel is old")
+    until(lambda: it.status().state == "running")
     found = it.status()
     assert (found.pid, found.state, found.node, found.mode) == (os.getpid(), "running", "node-1", "bpf")
     assert (found.loader, found.devices, found.services, found.failures) == ("fake", ("eth9",), 1, 0)
@@ -657,6 +658,20 @@ def test_a_wrong_configuration_is_a_usage_error(tmp_path: Path, capsys: pytest.C
     assert "apiVersion: expected kubeproxy.config.k8s.io/v1alpha1" in capsys.readouterr().err
 
 
+@pytest.fixture
+def any_bpffs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "is_bpffs", lambda _path: True)
+
+
+def test_pins_need_a_bpf_file_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _options(tmp_path)
+    assert options.bpffs
+    assert agent.run(options) == 1
+    assert f"use {options.bpffs} for pinned maps: it is in no bpf file system" in capsys.readouterr().err
+    assert not (options.bpffs / "ebpfproxy").exists()
+
+
+@pytest.mark.usefixtures("any_bpffs")
 def test_a_missing_directory_is_an_error_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -664,6 +679,7 @@ def test_a_missing_directory_is_an_error_at_the_start(
     assert f"watch directory {tmp_path}/none: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("any_bpffs")
 @pytest.mark.parametrize("what", ["state", "bpffs"])
 def test_two_agents_refuse_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     options = _options(tmp_path, manifests=tmp_path / "none")
@@ -739,6 +755,8 @@ def test_a_whole_file_system_that_nothing_hides_is_found(
     )
     monkeypatch.setattr(host, "_MOUNTINFO", table)
     assert host.find_bpffs() == tmp_path / "whole"
+    are_bpf = {"whole": True, "whole/below": True, "part": True, "hidden": False, "wholesale": False}
+    assert {name: host.is_bpffs(tmp_path / name) for name in are_bpf} == are_bpf
 
 
 def test_a_lock_can_be_asked_about(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_taken_ids_are_not_handed_out_and_new_ones_start_behind_them() -> None:
 def test_a_full_id_range_names_map_limit_and_setting_and_hands_out_nothing() -> None:
     ids = IdAllocator("backends", 4)
     ids.allocate(2)
-    with pytest.raises(MapFullError, match=r"map backends is full: all 4 .* mapSizes\.backends"):
+    with pytest.raises(MapFullError, match=r"map backends is full: all 4 .* ebpfproxy\.mapSizes\.backends"):
         ids.allocate(2)
     assert ids.allocate(1) == [3]
 

@@ -9,7 +9,7 @@ from ebpfproxy.errors import MapFullError
 
 
 def _setting(map_name: str) -> str:
-    return f"mapSizes.{map_name} in the configuration or start with --map-size {map_name}=N"
+    return f"ebpfproxy.mapSizes.{map_name} in the configuration or start with --map-size {map_name}=N"
 
 
 def full(map_name: str, limit: int) -> MapFullError:
