@@ -220,18 +220,24 @@ class TestResize:
         [
             (
                 "names",
-                "shrink map names from 64 to 40 entries: 41 are in use; "
-                "set ebpfproxy.mapSizes.names to at least 41",
+                (
+                    "shrink map names from 64 to 40 entries: 41 are in use; "
+                    "set ebpfproxy.mapSizes.names to at least 41"
+                ),
             ),
             (
                 "places",
-                "shrink map places from 64 to 40 entries: 41 are in use; "
-                "set ebpfproxy.mapSizes.places to at least 41",
+                (
+                    "shrink map places from 64 to 40 entries: 41 are in use; "
+                    "set ebpfproxy.mapSizes.places to at least 41"
+                ),
             ),
             (
                 "plain",
-                "shrink map plain from 64 to 40 entries: 41 are in use; "
-                "set ebpfproxy.mapSizes.plain to at least 41",
+                (
+                    "shrink map plain from 64 to 40 entries: 41 are in use; "
+                    "set ebpfproxy.mapSizes.plain to at least 41"
+                ),
             ),
         ],
     )
