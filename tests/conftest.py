@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def pytest_configure() -> None:
     # A run that is told to end cleans up as one that is interrupted from the keyboard.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell starts what goes to the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
