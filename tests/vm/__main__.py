@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from vm import kernels, machine
@@ -21,6 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.command:
         parser.error("there is no command")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up
     try:
         result = machine.run(
             kernels.fetch(arguments.kernel),
@@ -32,6 +34,8 @@ def main() -> int:
     except (kernels.UnavailableError, machine.BootError) as error:
         print(f"vm: {error}", file=sys.stderr)
         return 125
+    except KeyboardInterrupt:
+        return 130
     print(f"vm: exit status {result.status} after {result.duration_s:.1f} s", file=sys.stderr)
     return result.status
 

@@ -105,13 +105,14 @@ def _qemu(kernel: Kernel, work: Path, share: Path, console: Path, memory_mib: in
     return [
         *["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"],
         # Not KVM: a machine that is virtual itself often has one that does not work.
-        *["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", "2"],
+        *["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"],
         *["-m", str(memory_mib), "-serial", f"file:{console}", "-device", "virtio-rng-pci"],
         *["-fsdev", f"local,id=host,path=/,readonly=on,{files}"],
         *["-device", "virtio-9p-pci,fsdev=host,mount_tag=host"],
         *["-fsdev", f"local,id=share,path={share},{files}"],
         *["-device", "virtio-9p-pci,fsdev=share,mount_tag=share"],
         *["-kernel", str(kernel.vmlinux), "-initrd", str(work / "initramfs")],
+        # The emulated HPET, which the kernel would choose, is slow to ask.
         *["-append", "console=ttyS0 quiet panic=-1 tsc=reliable"],
     ]
 
