@@ -158,6 +158,14 @@ def local_sources(settings: Config, node: Node | None) -> frozenset[str]:
     return frozenset(settings.cluster_cidrs)
 
 
+def detects_local(settings: Config) -> bool:
+    """Return whether traffic from outside the cluster is told apart because the configuration asks for it.
+
+    Source: kube-proxy's local traffic detector; without one it masquerades nobody for coming from outside.
+    """
+    return bool(settings.cluster_cidrs) or settings.detect_local_mode == "NodeCIDR"
+
+
 class Agent:
     """Keeps a dataplane in step with a source.
 
@@ -360,7 +368,11 @@ class Agent:
         node = node if isinstance(node, Node) else None
         self._is_node_eligible = node is None or not node.is_being_deleted
         return DesiredState(
-            resolution.services, self._node_port_addresses(node), local_sources(self.settings, node)
+            resolution.services,
+            self._node_port_addresses(node),
+            local_sources(self.settings, node),
+            masquerades_all=self.settings.masquerade_all,
+            masquerades_outside=detects_local(self.settings),
         )
 
     def _forget_resolution(self) -> None:

@@ -181,6 +181,8 @@ class Config(msgspec.Struct, frozen=True):
     node_port_addresses: tuple[str, ...] = ()  # canonical CIDRs and "primary"; () = all
     detect_local_mode: str = ""  # "" | ClusterCIDR | NodeCIDR, and others that are named in ``unused``
     scheduler: Scheduler = Scheduler.RANDOM
+    masquerade_all: bool = False
+    masquerade_bit: int = 14  # of the packet mark; for dataplanes that are made of netfilter rules
     min_sync_s: float = 0.0
     max_sync_s: float = 30.0
     udp_idle_s: float = 0.0  # 0 = the dataplane's default; so are the next four
@@ -209,6 +211,8 @@ _USED = frozenset(
         "kind",
         "hostnameOverride",
         "mode",
+        "iptables.masqueradeAll",
+        "nftables.masqueradeAll",
         "iptables.syncPeriod",
         "iptables.minSyncPeriod",
         "ipvs.scheduler",
@@ -304,6 +308,7 @@ def _config(file: _File) -> Config:
     mode, mode_note = _mode(file.mode)
     scheduler, scheduler_note = _scheduler(file.ipvs.scheduler)
     section_name, section = _sync_section(file)
+    masquerade = file.nftables if file.mode == "nftables" else file.iptables  # ipvs has none of its own
     unused += [note for note in (mode_note, scheduler_note) if note]
     if file.bind_address not in _EVERY_ADDRESS:
         unused.append("bindAddress")
@@ -336,6 +341,8 @@ def _config(file: _File) -> Config:
         node_port_addresses=_node_port_addresses(file.node_port_addresses),
         detect_local_mode=file.detect_local_mode,
         scheduler=scheduler,
+        masquerade_all=masquerade.masquerade_all,
+        masquerade_bit=masquerade.masquerade_bit,
         min_sync_s=section.min_sync_period,
         max_sync_s=max_sync_s,
         udp_idle_s=_timeout("ebpfproxy.udpIdle", extras.udp_idle),

@@ -151,3 +151,6 @@ class DesiredState(msgspec.Struct, frozen=True):
     services: tuple[Service, ...]
     addresses: NodePortAddresses = NodePortAddresses()
     local_sources: frozenset[str] = frozenset()  # CIDRs whose traffic is this node's pods'
+    # Whose traffic to a cluster IP gets this node's address as source, besides what needs it anyway:
+    masquerades_all: bool = False  # everybody's
+    masquerades_outside: bool = False  # that of sources outside local_sources
