@@ -226,7 +226,7 @@ def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metric
     [
         ({"mode": "iptables"}, ("mode: iptables (bpf is used)",)),
         ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
-        ({"iptables": {"masqueradeAll": True}}, ("iptables.masqueradeAll",)),
+        ({"iptables": {"masqueradeBit": 15}}, ("iptables.masqueradeBit",)),
         ({"featureGates": {"SomeGate": True}}, ("featureGates",)),
         ({"metricsBindAddress": "0.0.0.0:10249", "bindAddress": "::"}, ()),
         ({"bindAddress": "192.0.2.1"}, ("bindAddress",)),
