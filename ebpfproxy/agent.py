@@ -45,8 +45,6 @@ _log = log.get(__name__)
 STATE_DIR = Path("/var/lib/ebpfproxy")
 LEDGER_FILE = "allocations.json"
 LOCK_FILE = "lock"
-MODE = "bpf"
-PINS = "ebpfproxy"  # our directory in the BPF file system
 
 # Exit codes of ``run``; the command line has the same.
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED = 0, 1, 2, 3
@@ -66,7 +64,7 @@ class Options(msgspec.Struct, frozen=True):
     manifests: Path
     config: Path | None = None
     node_name: str = ""
-    mode: str = ""  # auto | bpf
+    mode: str = ""  # auto, or one of ebpfproxy.dataplane.modes
     loader: str = ""  # auto | libbpf | bcc
     cgroup: Path | None = None
     devices: tuple[str, ...] = ()
@@ -142,8 +140,6 @@ class Place(NamedTuple):
 
     manifests: str
     state_dir: Path
-    cgroup: str
-    bpffs: str
 
 
 def local_sources(settings: Config, node: Node | None) -> frozenset[str]:
@@ -477,8 +473,9 @@ class Agent:
                 facts=self._counts.freeze(
                     problems=problems,
                     version=ebpfproxy.__version__,
-                    mode=MODE,
+                    mode=getattr(self._dataplane, "mode", ""),
                     loader=getattr(self._dataplane, "loader", ""),
+                    passed_over=tuple(getattr(self._dataplane, "passed_over", ())),
                 ),
             )
         )
@@ -544,15 +541,17 @@ class Agent:
         if not state:
             state = "failing" if self._runner.failures else "running" if self._is_ready else "starting"
         unsupported = self._problems.of("unsupported")
+        site = getattr(self._dataplane, "site", None)
         now = status.Status(
             pid=os.getpid(),
             version=ebpfproxy.__version__,
             state=state,
             node=self.node_name,
-            mode=MODE,
+            mode=getattr(self._dataplane, "mode", ""),
+            passed_over=tuple(map(str, getattr(self._dataplane, "passed_over", ()))),
             manifests=self._place.manifests,
-            cgroup=self._place.cgroup,
-            bpffs=self._place.bpffs,
+            cgroup=str(getattr(site, "cgroup", None) or ""),
+            bpffs=str(getattr(site, "bpffs", None) or ""),
             started=self._started,
             loader=getattr(self._dataplane, "loader", ""),
             devices=tuple(getattr(self._dataplane, "devices", ())),
@@ -631,29 +630,26 @@ def _settings(options: Options) -> Config:
 
 
 def _run(options: Options, settings: Config) -> int:
-    from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane
+    from ebpfproxy.dataplane.chosen import ChosenDataplane
+    from ebpfproxy.dataplane.modes import Site
     from ebpfproxy.source.directory import DirectorySource
     from ebpfproxy.source.lastgood import directory_of
 
-    cgroup = options.cgroup or host.find_cgroup2()
-    bpffs = options.bpffs or _bpffs()
     with ExitStack() as stack:
         stack.callback(_lock_state_dir(options.state_dir).close)
-        stack.callback(_lock_pins(bpffs).close)
-        _log.info("serving the processes of cgroup %s, maps and links below %s", cgroup, bpffs / PINS)
-        dataplane = BpfDataplane(_bpf_options(settings, cgroup, bpffs))
+        dataplane = ChosenDataplane(settings, Site(options.state_dir, options.cgroup, options.bpffs))
         stack.callback(dataplane.close)
         network = HostNetwork()
         stack.callback(network.close)
         agent = Agent(
             settings,
-            Place(str(options.manifests), options.state_dir, str(cgroup), str(bpffs)),
+            Place(str(options.manifests), options.state_dir),
             lambda: DirectorySource(options.manifests, directory_of(options.state_dir)),
             network,
             dataplane,
             Notifier(),
             lambda: _settings(options),
-            None if options.once else health.Health(lambda: _read_maps(bpffs)),
+            None if options.once else health.Health(dataplane.reading),
         )
         _handle_signals(agent)
         # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.
@@ -673,44 +669,11 @@ def _read_once(network: Network) -> None:
         network.addresses()
 
 
-def _read_maps(bpffs: Path) -> metrics.Reading:
-    from ebpfproxy.dataplane.bpf import reading  # at the first scrape, not at the start
-
-    return reading.read(bpffs)
-
-
 def _handle_signals(agent: Agent) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.stop())
         signal.signal(signal.SIGHUP, lambda *_: agent.reload())
-
-
-def _bpf_options(settings: Config, cgroup: Path, bpffs: Path) -> Any:
-    from ebpfproxy.dataplane.bpf.dataplane import BpfOptions
-    from ebpfproxy.dataplane.bpf.gc import Timeouts
-
-    names = ("udp_idle_s", "udp_s", "udp_stream_s", "tcp_established_s", "tcp_close_wait_s")
-    timeouts = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    return BpfOptions(
-        bpffs=bpffs,
-        cgroup=cgroup,
-        devices=settings.devices,
-        loader=settings.loader,
-        sizes=settings.map_sizes,
-        node_ports=settings.service_node_port_range,
-        timeouts=Timeouts(**timeouts),
-        use_tcx={"tcx": True, "clsact": False}.get(settings.device_attachment),
-    )
-
-
-def _bpffs() -> Path:
-    """Return where the BPF file system is; mount it where it belongs if it is nowhere."""
-    found = host.find_bpffs()
-    if found is None:
-        host.mount_bpffs()
-        _log.info("mounted a bpf file system at %s: there was none", host.BPFFS)
-    return found or host.BPFFS
 
 
 def _lock_state_dir(path: Path) -> files.Lock:
@@ -719,17 +682,3 @@ def _lock_state_dir(path: Path) -> files.Lock:
         return files.Lock(path / LOCK_FILE, "state directory")
     except OSError as error:
         raise EbpfproxyError(f"use state directory {path}: {error.strerror}") from error
-
-
-def _lock_pins(bpffs: Path) -> files.Lock:
-    if bpffs.is_dir() and not host.is_bpffs(bpffs):
-        raise EbpfproxyError(
-            f"use {bpffs} for pinned maps: it is in no bpf file system; mount one "
-            f"(mount -t bpf bpf {bpffs}), or leave --bpffs out to use the one at /sys/fs/bpf"
-        )
-    try:
-        pins = bpffs / PINS
-        pins.mkdir(mode=0o700, exist_ok=True)
-        return files.Lock(pins, "directory of pinned maps")
-    except OSError as error:
-        raise EbpfproxyError(f"use the bpf file system at {bpffs}: {error.strerror}") from error

@@ -172,7 +172,7 @@ class _File(_Schema, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """What the agent uses of a configuration file; the defaults are those of an empty file."""
 
-    mode: str = "auto"  # auto | bpf
+    mode: str = "auto"  # auto, or one of MODES
     loader: str = "auto"  # auto | libbpf | bcc
     device_attachment: str = "auto"  # auto | tcx | clsact
     hostname_override: str = ""
@@ -237,7 +237,8 @@ _USED = frozenset(
     )
 )
 
-_UPSTREAM_MODES = frozenset(("iptables", "ipvs", "nftables", "userspace"))
+#: kube-proxy's modes and ours; ebpfproxy.dataplane.modes says which of them this version has.
+MODES = ("bpf", "nftables", "ipvs", "iptables", "userspace")
 _UPSTREAM_SCHEDULERS = frozenset(("lblc", "lblcr", "fo", "ovf"))
 _EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104
 _LOCAL_MODES = frozenset(("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"))
@@ -305,11 +306,10 @@ def _decode_duration(kind: type, value: object) -> object:
 def _config(file: _File) -> Config:
     """Return what the agent uses of ``file``."""
     unused = [*_unused_fields(file, _File())]
-    mode, mode_note = _mode(file.mode)
     scheduler, scheduler_note = _scheduler(file.ipvs.scheduler)
     section_name, section = _sync_section(file)
     masquerade = file.nftables if file.mode == "nftables" else file.iptables  # ipvs has none of its own
-    unused += [note for note in (mode_note, scheduler_note) if note]
+    unused += [scheduler_note] if scheduler_note else []
     if file.bind_address not in _EVERY_ADDRESS:
         unused.append("bindAddress")
     if file.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix"):
@@ -332,7 +332,7 @@ def _config(file: _File) -> Config:
     max_sync_s = section.sync_period or defaults.max_sync_s
     _check_periods(section_name, section.min_sync_period, max_sync_s)
     return Config(
-        mode=mode,
+        mode=_mode(file.mode),
         loader=extras.loader or defaults.loader,
         device_attachment=extras.device_attachment or defaults.device_attachment,
         hostname_override=file.hostname_override.strip().lower(),
@@ -396,15 +396,10 @@ def _is_unset(value: object) -> bool:
     return not value or value == "0"
 
 
-def _mode(name: str) -> tuple[str, str]:
-    """Return the mode for a ``mode`` field, and a note when it is not the one asked for."""
-    if name in ("", "auto"):
-        return "auto", ""
-    if name == "bpf":
-        return "bpf", ""
-    if name in _UPSTREAM_MODES:
-        return "auto", f"mode: {name} (bpf is used)"
-    raise ConfigError(f"mode: {name!r} is none of auto, bpf, {_names(_UPSTREAM_MODES)}")
+def _mode(name: str) -> str:
+    if name not in ("", "auto", *MODES):
+        raise ConfigError(f"mode: {name!r} is none of auto, {', '.join(MODES)}")
+    return name or "auto"
 
 
 def _scheduler(name: str) -> tuple[Scheduler, str]:

@@ -65,6 +65,7 @@ class Facts(msgspec.Struct, frozen=True):
     version: str = ""
     mode: str = ""
     loader: str = ""
+    passed_over: tuple[tuple[str, str], ...] = ()  # mode, reason
 
 
 class _Histogram:
@@ -115,7 +116,15 @@ class Counts:
                 self._programming.observe(max(0.0, now - stamp))
             self._triggers.clear()
 
-    def freeze(self, *, problems: int, version: str, mode: str, loader: str) -> Facts:
+    def freeze(
+        self,
+        *,
+        problems: int,
+        version: str,
+        mode: str,
+        loader: str,
+        passed_over: tuple[tuple[str, str], ...] = (),
+    ) -> Facts:
         """Return what was counted so far."""
         return Facts(
             syncs=self._syncs.freeze(),
@@ -128,6 +137,7 @@ class Counts:
             version=version,
             mode=mode,
             loader=loader,
+            passed_over=passed_over,
         )
 
 
@@ -283,6 +293,13 @@ METRICS = (
         "Always 1.",
         ("mode", "loader"),
         lambda s: {(s.facts.mode, s.facts.loader): 1},
+    ),
+    Metric(
+        "ebpfproxy_mode_passed_over",
+        "gauge",
+        "Always 1, for each mode that `--mode auto` could not use.",
+        ("mode", "reason"),
+        lambda s: dict.fromkeys(s.facts.passed_over, 1),
     ),
     Metric(
         "ebpfproxy_problems",

@@ -21,12 +21,13 @@ class Status(msgspec.Struct, frozen=True):
     version: str
     state: str  # starting | running | failing | stopped
     node: str
-    mode: str
+    mode: str  # "" = none yet
     manifests: str
-    cgroup: str
-    bpffs: str
+    cgroup: str  # "" where the mode needs none
+    bpffs: str  # "
     started: str  # RFC 3339, UTC; so are the times below
     loader: str = ""
+    passed_over: tuple[str, ...] = ()  # the modes that could not be used, with the reasons
     devices: tuple[str, ...] = ()
     last_sync: str = ""  # the last one that succeeded; "" = none yet
     last_sync_s: float = 0.0  # how long it took

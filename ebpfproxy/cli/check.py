@@ -10,15 +10,13 @@ from ebpfproxy import status
 from ebpfproxy.cli import output
 from ebpfproxy.cli.exit_codes import ExitCode
 from ebpfproxy.cli.output import Column
+from ebpfproxy.dataplane import modes
 from ebpfproxy.dataplane.bpf import features
 from ebpfproxy.loader.bcc import BccLoader
 from ebpfproxy.loader.libbpf import LibbpfLoader
 
 if TYPE_CHECKING:
     import argparse
-
-# What --mode auto will try after bpf; each says so itself once it is there.
-_TO_COME = ("ipvs", "iptables", "nftables", "userspace")
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -56,10 +54,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     said = status.read(arguments.state_dir)
     choices = tuple(Choice(each.name, each.usable() or "") for each in (LibbpfLoader(), BccLoader()))
     report = Report(
-        dataplanes=(
-            Choice("bpf", _why_not_bpf(choices)),
-            *(Choice(name, "this version does not have it yet") for name in _TO_COME),
-        ),
+        dataplanes=tuple(Choice(name, modes.why_not(name) or "") for name in modes.names()),
         loaders=choices,
         features=tuple(features.probe()),
         unsupported=said.unsupported if said else (),
@@ -71,15 +66,9 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.FAILED if all(each.reason for each in report.dataplanes) else ExitCode.OK
 
 
-def _why_not_bpf(choices: tuple[Choice, ...]) -> str:
-    if all(each.reason for each in choices):
-        return "; ".join(f"loader {each.name}: {each.reason}" for each in choices)
-    return features.usable() or ""
-
-
 def _text(report: Report, *, is_wide: bool) -> str:
     parts = [
-        "dataplanes\n" + output.table(report.dataplanes, _CHOICES),
+        "dataplanes, in the order of --mode auto\n" + output.table(report.dataplanes, _CHOICES),
         "loaders\n" + output.table(report.loaders, _CHOICES),
         "kernel and machine\n" + output.table(report.features, _FEATURES, is_wide=is_wide),
     ]

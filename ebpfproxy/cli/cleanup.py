@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebpfproxy import agent, files, host, status
+from ebpfproxy import agent, files, status
 from ebpfproxy.cli.exit_codes import ExitCode
-from ebpfproxy.dataplane.bpf import cleanup
+from ebpfproxy.dataplane import chosen, modes
+from ebpfproxy.dataplane.modes import Site
 from ebpfproxy.source import lastgood
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
 
 def run(arguments: argparse.Namespace) -> ExitCode:
@@ -22,12 +23,14 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     Raises:
         LockedError: an agent is at work.
     """
-    said = status.read(arguments.state_dir)
-    bpffs = arguments.bpffs or (Path(said.bpffs) if said else None) or host.find_bpffs() or host.BPFFS
+    site = Site(arguments.state_dir, bpffs=arguments.bpffs)
+    recorded = chosen.read_record(arguments.state_dir)
+    removed = []
     with ExitStack() as stack:
-        _lock(stack, bpffs / agent.PINS, "directory of pinned maps")
         _lock(stack, arguments.state_dir / agent.LOCK_FILE, "state directory")
-        removed = cleanup.cleanup(bpffs) + _remove_state(arguments.state_dir)
+        for name in modes.names():
+            removed += chosen.cleanup(name, site, "" if arguments.bpffs else recorded.get(name, ""))
+        removed += _remove_state(arguments.state_dir)
     for line in removed:
         print(f"removed {line}")
     if not removed:
@@ -48,7 +51,7 @@ def _remove_state(directory: Path) -> list[str]:
     if copies.is_dir():
         shutil.rmtree(copies)
         removed.append(f"directory {copies}")
-    for name in (agent.LEDGER_FILE, status.FILE, agent.LOCK_FILE):
+    for name in (agent.LEDGER_FILE, status.FILE, chosen.RECORD, agent.LOCK_FILE):
         path = directory / name
         if path.exists():
             path.unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import ebpfproxy
+from ebpfproxy.dataplane import modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +228,11 @@ def _verbs(commands: _Commands) -> None:
     )
     _path(run, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration (kube-proxy's own file)")
     run.add_argument("--node-name", metavar="NAME", help="name of this Node (default: the host's name)")
-    run.add_argument("--mode", choices=("auto", "bpf"), help="dataplane (default: auto)")
+    run.add_argument(
+        "--mode",
+        choices=(modes.AUTO, *modes.names()),
+        help="dataplane (default: auto, the first of them that this machine can run)",
+    )
     run.add_argument(
         "--loader",
         choices=("auto", "libbpf", "bcc"),

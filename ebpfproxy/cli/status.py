@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     """Print the status; exit status 3 if no agent runs."""
     said = status.read(arguments.state_dir)
     is_running = said is not None and said.state != "stopped" and _is_agent(said.pid)
-    verdicts = _verdicts(arguments.bpffs or (Path(said.bpffs) if said else None))
+    verdicts = _verdicts(arguments.bpffs or (Path(said.bpffs) if said and said.bpffs else None))
     if arguments.output in ("json", "yaml"):
         agent = msgspec.to_builtins(said) if said else {}
         output.encode({"is_running": is_running, **agent, "verdicts": verdicts}, arguments.output)
@@ -59,11 +59,12 @@ def _lines(
         lines = [
             ("agent", f"{agent}, version {said.version}, since {said.started}"),
             ("node", said.node),
-            ("dataplane", f"{said.mode}, loader {said.loader or 'none yet'}"),
+            ("dataplane", _mode(said)),
+            *_several("passed over", said.passed_over),
             ("manifests", said.manifests),
-            ("cgroup", said.cgroup),
-            ("bpffs", said.bpffs),
-            ("devices", ", ".join(said.devices) or "none"),
+            *([("cgroup", said.cgroup)] if said.cgroup else ()),
+            *([("bpffs", said.bpffs)] if said.bpffs else ()),
+            *([("devices", ", ".join(said.devices) or "none")] if said.mode == "bpf" else ()),
             ("last sync", f"{last} ({said.syncs} in all)"),
             ("programmed", f"{said.services} Service ports, {said.backends} backends"),
         ]
@@ -74,6 +75,12 @@ def _lines(
         return [*lines, ("kernel", "nothing is programmed")]
     counted = [f"{count} {name}" for name, count in verdicts.items() if count]
     return [*lines, ("counted", ", ".join(counted) or "nothing yet")]
+
+
+def _mode(said: status.Status) -> str:
+    if said.mode == "bpf":
+        return f"bpf, loader {said.loader or 'none yet'}"
+    return said.mode or "none yet"
 
 
 def _several(name: str, texts: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ class Agent:
 
     Args:
         net: where it runs.
+        mode: as the flag.
         loader: as the flag.
         arguments: further flags.
         config: fields of the KubeProxyConfiguration file; none = no file.
@@ -43,13 +44,15 @@ class Agent:
         self,
         net: Topology,
         *,
+        mode: str = "bpf",
         loader: str = "libbpf",
         arguments: Sequence[str] = (),
         config: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         attach: str = "auto",
     ) -> None:
-        self.net, self.loader, self.arguments, self.env = net, loader, list(arguments), env or {}
+        self.net, self.mode, self.loader = net, mode, loader
+        self.arguments, self.env = list(arguments), env or {}
         directory = net.directory / unique("agent")
         self.manifests, self.state_dir = directory / "manifests", directory / "state"
         self.manifests.mkdir(parents=True)
@@ -105,6 +108,7 @@ class Agent:
             "--cgroup": self.net.cgroup,
             "--bpffs": self.net.bpffs,
             "--state-dir": self.state_dir,
+            "--mode": self.mode,
             "--loader": self.loader,
         }
         if self.config_file:

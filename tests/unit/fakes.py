@@ -38,6 +38,7 @@ def until(is_true: Callable[[], bool]) -> None:
 class FakeDataplane:
     """Remembers every state; fails as often as it is told to."""
 
+    mode = "bpf"
     loader = "fake"
     devices = ("eth9",)
 

@@ -18,6 +18,7 @@ import pytest
 from ebpfproxy import agent, config, files, host, log, status
 from ebpfproxy.agent import Agent, Options, Place, local_sources
 from ebpfproxy.config import Config
+from ebpfproxy.dataplane.bpf.mode import lock_pins
 from ebpfproxy.errors import ConfigError, DataplaneError, KernelError, MapFullError, SourceError
 from ebpfproxy.model.objects import Node, NodeSpec, ObjectKey, Taint
 from ebpfproxy.model.objects import ObjectMeta as Meta
@@ -61,7 +62,7 @@ class Running:
         self.load: Callable[[], Config] = lambda: self.settings
         self.agent = Agent(
             self.settings,
-            Place("/manifests", state_dir, "/cgroup", "/bpffs"),
+            Place("/manifests", state_dir),
             self._make,
             self.network,
             self.dataplane,
@@ -601,7 +602,7 @@ PROCESS = """
         "synced", [each.frontends[0].port for each in state.services], flush=True
     )
     it = agent.Agent(
-        Config(), agent.Place(str(manifests), state, "", ""), lambda: DirectorySource(manifests),
+        Config(), agent.Place(str(manifests), state), lambda: DirectorySource(manifests),
         FakeNetwork("192.0.2.1"), dataplane, Notifier(),
     )
     agent._handle_signals(it)
@@ -643,11 +644,12 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
 def _options(tmp_path: Path, **options: Any) -> Options:
     for name in ("manifests", "bpffs"):
         (tmp_path / name).mkdir(exist_ok=True)
-    usual = {
+    usual: dict[str, Any] = {
         "manifests": tmp_path / "manifests",
         "cgroup": tmp_path,
         "bpffs": tmp_path / "bpffs",
         "state_dir": tmp_path / "state",
+        "mode": "bpf",  # auto would go on to what needs no cgroup
     }
     return Options(**(usual | options))
 
@@ -666,7 +668,7 @@ def any_bpffs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pins_need_a_bpf_file_system(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = _options(tmp_path)
     assert options.bpffs
-    assert agent.run(options) == 1
+    assert agent.run(options) == 2
     assert f"use {options.bpffs} for pinned maps: it is in no bpf file system" in capsys.readouterr().err
     assert not (options.bpffs / "ebpfproxy").exists()
 
@@ -682,12 +684,12 @@ def test_a_missing_directory_is_an_error_at_the_start(
 @pytest.mark.usefixtures("any_bpffs")
 @pytest.mark.parametrize("what", ["state", "bpffs"])
 def test_two_agents_refuse_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
-    options = _options(tmp_path, manifests=tmp_path / "none")
+    options = _options(tmp_path)
     if what == "state":
         lock = agent._lock_state_dir(options.state_dir)
     else:
         assert options.bpffs
-        lock = agent._lock_pins(options.bpffs)
+        lock = lock_pins(options.bpffs)
     try:
         assert agent.run(options) == 1
     finally:
@@ -695,7 +697,7 @@ def test_two_agents_refuse_each_other(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     by = f" (process {os.getpid()})" if what == "state" else ""
     assert f"is in use by another agent{by}: stop it, or give this one its own" in said
-    assert agent.run(options) == 1
+    assert agent.run(_options(tmp_path, manifests=tmp_path / "none")) == 1
     assert "is in use" not in capsys.readouterr().err
 
 

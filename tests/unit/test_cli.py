@@ -157,7 +157,7 @@ def test_flags_that_are_not_given_leave_the_configuration_file_alone() -> None:
         [],
         ["nonsense"],
         ["run"],
-        ["run", "--manifests", "/m", "--mode", "ipvs"],
+        ["run", "--manifests", "/m", "--mode", "kernelspace"],
         ["run", "--manifests", "/m", "--devices", "eth0,,eth1"],
         ["services", "-o", "xml"],
         ["services", "--prot", "TCP"],

@@ -149,6 +149,7 @@ def test_not_a_duration(text: str) -> None:
     ("fields", "expected"),
     [
         ({"mode": "bpf"}, {"mode": "bpf"}),
+        ({"mode": "iptables"}, {"mode": "iptables"}),
         ({"hostnameOverride": " Node-A "}, {"hostname_override": "node-a"}),
         ({"clusterCIDR": "10.244.1.7/16,fd00:0::/48"}, {"cluster_cidrs": ("10.244.0.0/16", "fd00::/48")}),
         (
@@ -224,7 +225,6 @@ def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metric
 @pytest.mark.parametrize(
     ("fields", "unused"),
     [
-        ({"mode": "iptables"}, ("mode: iptables (bpf is used)",)),
         ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
         ({"iptables": {"masqueradeBit": 15}}, ("iptables.masqueradeBit",)),
         ({"featureGates": {"SomeGate": True}}, ("featureGates",)),
@@ -269,7 +269,10 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ({"clusterCIDR": "10.0.0.0/33"}, "clusterCIDR"),
         ({"nodePortAddresses": ["127.0.0.1"]}, r"nodePortAddresses\[0\]: '127.0.0.1' is not a CIDR"),
         ({"nodePortAddresses": "127.0.0.1/8"}, "Expected `array`, got `str` - at `nodePortAddresses`"),
-        ({"mode": "kernelspace"}, "mode: 'kernelspace' is none of auto, bpf, iptables"),
+        (
+            {"mode": "kernelspace"},
+            "mode: 'kernelspace' is none of auto, bpf, nftables, ipvs, iptables, userspace",
+        ),
         ({"ipvs": {"scheduler": "best"}}, "ipvs.scheduler: 'best' is none of"),
         ({"detectLocalMode": "clustercidr"}, "detectLocalMode: 'clustercidr' is none of"),
         ({"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}, "iptables.minSyncPeriod: .*longer"),
