@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import state
+from benchmarks import maglev, state
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
@@ -170,7 +170,7 @@ def _number(value: Any) -> str:
 def main() -> int:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("only", nargs="*", help="scale, connections, starts, reading (default: all)")
+    parser.add_argument("only", nargs="*", help="scale, connections, starts, reading, maglev (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
     parser.add_argument("--backends", type=int, default=10, help="of each Service")
@@ -180,8 +180,10 @@ def main() -> int:
     parser.add_argument("--milliseconds", type=int, default=100, help="of connections in a turn")
     parser.add_argument("--starts", type=int, default=7, help="of the agent and of commands")
     options = parser.parse_args()
-    wanted = options.only or ["scale", "connections", "starts", "reading"]
+    wanted = options.only or ["scale", "connections", "starts", "reading", "maglev"]
     figures: dict[str, Any] = {"machine": machine()}
+    if "maglev" in wanted:
+        figures["maglev"] = maglev.measure()
     try:
         with Topology(pod_count=1) as net:
             first = [f"10.245.0.{number}" for number in range(1, options.backends + 1)]

@@ -353,7 +353,7 @@ class Agent:
         resolution = self._resolver.resolve(
             objects,
             node_context(objects, self.node_name),
-            ResolveOptions(scheduler=self.settings.scheduler),
+            ResolveOptions(self.settings.scheduler, self.settings.maglev_size),
             None if changed is None else allocation.changed,
         )
         self._must_compare = self._feed.is_new = False

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from ebpfproxy.errors import ConfigError
-from ebpfproxy.model.services import Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Scheduler
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
@@ -135,6 +135,7 @@ class _Extras(_Schema, frozen=True):
     service_node_port_range: str = ""
     load_balancer_pools: list[str] = []
     udp_idle: Duration = Duration(0)
+    maglev_table_size: int = MAGLEV_SIZE
 
 
 class _File(_Schema, frozen=True):
@@ -181,6 +182,7 @@ class Config(msgspec.Struct, frozen=True):
     node_port_addresses: tuple[str, ...] = ()  # canonical CIDRs and "primary"; () = all
     detect_local_mode: str = ""  # "" | ClusterCIDR | NodeCIDR, and others that are named in ``unused``
     scheduler: Scheduler = Scheduler.RANDOM
+    maglev_size: int = MAGLEV_SIZE
     masquerade_all: bool = False
     masquerade_bit: int = 14  # of the packet mark; for dataplanes that are made of netfilter rules
     min_sync_s: float = 0.0
@@ -328,6 +330,9 @@ def _config(file: _File) -> Config:
     for name, size in extras.map_sizes.items():
         if not 0 < size < 2**32:
             raise ConfigError(f"ebpfproxy.mapSizes.{name}: {size} is not a number of entries (1 to 2^32 - 1)")
+    if extras.maglev_table_size not in MAGLEV_SIZES:
+        sizes = ", ".join(map(str, MAGLEV_SIZES))
+        raise ConfigError(f"ebpfproxy.maglevTableSize: {extras.maglev_table_size} is none of {sizes}")
     defaults = Config()
     max_sync_s = section.sync_period or defaults.max_sync_s
     _check_periods(section_name, section.min_sync_period, max_sync_s)
@@ -341,6 +346,7 @@ def _config(file: _File) -> Config:
         node_port_addresses=_node_port_addresses(file.node_port_addresses),
         detect_local_mode=file.detect_local_mode,
         scheduler=scheduler,
+        maglev_size=extras.maglev_table_size,
         masquerade_all=masquerade.masquerade_all,
         masquerade_bit=masquerade.masquerade_bit,
         min_sync_s=section.min_sync_period,

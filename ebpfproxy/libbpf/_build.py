@@ -122,7 +122,8 @@ int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper);
 void *glue_variable(struct bpf_object *object, const char *name, __u32 *size);
 int glue_struct_size(struct bpf_object *object, const char *name);
 int glue_struct_member(struct bpf_object *object, const char *name, int index, const char **member);
-void maglev_fill(uint32_t *table, uint32_t size, const uint32_t *offsets, const uint32_t *skips, uint32_t n);
+int maglev_fill(uint32_t *table, uint32_t size, const uint32_t *names, const uint32_t *offsets,
+                const uint32_t *skips, const uint32_t *weights, uint32_t n);
 """
 
 

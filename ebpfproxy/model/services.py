@@ -47,6 +47,14 @@ class Scheduler(enum.StrEnum):
     NQ = "nq"
 
 
+#: Slots that a maglev table may have: the largest primes below powers of two (a permutation of the slots
+#: needs a prime). For shares within 1 % the paper wants 100 times the number of backends.
+MAGLEV_SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+#: Good for 163 backends. Not made to measure for each Service: a table of another size is another table, and
+#: one endpoint more would move every connection.
+MAGLEV_SIZE = 16381
+
+
 class Readiness(enum.StrEnum):
     """What an endpoint's conditions amount to."""
 
@@ -121,6 +129,7 @@ class Service(msgspec.Struct, frozen=True):
     has_source_ranges: bool = False  # True with no range of this family: nobody may enter
     health_check_node_port: int = 0
     type: str = "ClusterIP"  # as in the object, for people
+    maglev_size: int = MAGLEV_SIZE  # slots of a table of scheduler maglev
 
     def policy(self, kind: FrontendKind, *, is_external: bool) -> Policy:
         """Return the traffic policy for a frontend of ``kind``, by where the traffic comes from.

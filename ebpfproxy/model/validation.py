@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy.model import addresses
 from ebpfproxy.model.objects import (
+    ANNOTATION_MAGLEV_SIZE,
     ANNOTATION_SCHEDULER,
     ANNOTATION_WEIGHTS,
     Endpoint,
@@ -26,7 +27,7 @@ from ebpfproxy.model.objects import (
     Service,
     ServicePort,
 )
-from ebpfproxy.model.services import Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZES, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -376,6 +377,8 @@ def _service_external(errors: _Errors, service: Service) -> None:
 def _annotations(errors: _Errors, metadata: ObjectMeta) -> None:
     if (name := metadata.annotations.get(ANNOTATION_SCHEDULER)) is not None:
         errors.one_of(f"metadata.annotations[{ANNOTATION_SCHEDULER}]", name, tuple(Scheduler))
+    if (size := metadata.annotations.get(ANNOTATION_MAGLEV_SIZE)) is not None:
+        errors.one_of(f"metadata.annotations[{ANNOTATION_MAGLEV_SIZE}]", size, tuple(map(str, MAGLEV_SIZES)))
     if (text := metadata.annotations.get(ANNOTATION_WEIGHTS)) is not None:
         try:
             parse_weights(text)

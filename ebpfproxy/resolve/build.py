@@ -8,6 +8,7 @@ import msgspec
 
 from ebpfproxy.model import addresses
 from ebpfproxy.model.objects import (
+    ANNOTATION_MAGLEV_SIZE,
     ANNOTATION_SCHEDULER,
     ANNOTATION_WEIGHTS,
     LABEL_SERVICE_PROXY_NAME,
@@ -18,6 +19,7 @@ from ebpfproxy.model.objects import (
 )
 from ebpfproxy.model.objects import Service as KubernetesService
 from ebpfproxy.model.services import (
+    MAGLEV_SIZE,
     Backend,
     Empty,
     Frontend,
@@ -56,7 +58,9 @@ class NodeContext(msgspec.Struct, frozen=True):
 class ResolveOptions(msgspec.Struct, frozen=True):
     """What the configuration file decides."""
 
-    scheduler: Scheduler = Scheduler.RANDOM  # of Services without the annotation
+    # Of Services without the annotation:
+    scheduler: Scheduler = Scheduler.RANDOM
+    maglev_size: int = MAGLEV_SIZE
 
 
 # A VIP and port that only one Service can have: address (EVERY_NODE_ADDRESS for a NodePort), port, protocol.
@@ -149,6 +153,7 @@ def build(
                     bool(source_ranges),
                     health_check,
                     spec.type,
+                    _maglev_size(service, options),
                 )
             )
     return tuple(services), problems
@@ -198,6 +203,10 @@ def _source_ranges(service: KubernetesService) -> tuple[str, ...]:
 def _scheduler(service: KubernetesService, options: ResolveOptions) -> Scheduler:
     name = service.metadata.annotations.get(ANNOTATION_SCHEDULER)
     return options.scheduler if name is None else Scheduler(name)
+
+
+def _maglev_size(service: KubernetesService, options: ResolveOptions) -> int:
+    return int(service.metadata.annotations.get(ANNOTATION_MAGLEV_SIZE, options.maglev_size))
 
 
 def _affinity_s(service: KubernetesService) -> int:

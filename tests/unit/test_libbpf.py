@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ebpfproxy.libbpf import STAMP, Map, MapDefinition, Object, check, ffi, lib
 from ebpfproxy.libbpf.objects import log_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 ABI = ROOT / "bpf" / "lib" / "abi.h"
@@ -79,55 +80,75 @@ class TestStamp:
         assert ffi.string(ffi.cast("char *", config.stamp)).decode() == STAMP
 
 
-def maglev_table(size: int, permutations: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the table as the pseudocode of the Maglev paper fills it (NSDI 2016, section 3.4)."""
-    permutation = [[(offset + j * skip) % size for j in range(size)] for offset, skip in permutations]
-    following = [0] * len(permutations)
+Permutations = list[tuple[int, int]]
+
+
+def maglev_table(size: int, permutations: Permutations) -> list[int]:
+    """Return the table for equal weights: each wish in the order of how much it is wished.
+
+    The permutations are the Maglev paper's (NSDI 2016, section 3.4). A backend with its share wishes no more.
+    """
+    count = len(permutations)
+    ends = [(n + 1) * (size - count) // count for n in range(count)]
+    left = [1 + end - start for start, end in pairwise([0, *ends])]
+    wishes = sorted(
+        (rank, backend, (offset + rank * skip) % size)
+        for backend, (offset, skip) in enumerate(permutations)
+        for rank in range(size)
+    )
     entry = [-1] * size
-    filled = 0
-    while True:
-        for i in range(len(permutations)):
-            c = permutation[i][following[i]]
-            while entry[c] >= 0:
-                following[i] += 1
-                c = permutation[i][following[i]]
-            entry[c] = i
-            following[i] += 1
-            filled += 1
-            if filled == size:
-                return entry
+    for _, backend, place in wishes:
+        if entry[place] < 0 and left[backend]:
+            entry[place] = backend
+            left[backend] -= 1
+    return entry
 
 
-def fill(size: int, permutations: Sequence[tuple[int, int]]) -> list[int]:
+def fill(size: int, permutations: Permutations, weights: list[int] | None = None) -> list[int]:
+    offsets, skips = zip(*permutations, strict=True)
+    count = len(permutations)
     table = ffi.new("uint32_t[]", size)
-    offsets = ffi.new("uint32_t[]", [offset for offset, _ in permutations])
-    skips = ffi.new("uint32_t[]", [skip for _, skip in permutations])
-    lib.maglev_fill(table, size, offsets, skips, len(permutations))
+    names = list(range(count))
+    assert lib.maglev_fill(table, size, names, offsets, skips, weights or [1] * count, count) == 0
     return list(table)
 
 
 @st.composite
-def maglev_inputs(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
-    size = draw(st.sampled_from([2, 7, 13, 251]))
+def maglev_inputs(draw: st.DrawFn) -> tuple[int, Permutations]:
+    size = draw(st.sampled_from([13, 31, 251]))
     pair = st.tuples(st.integers(0, size - 1), st.integers(1, size - 1))
-    return size, draw(st.lists(pair, min_size=1, max_size=12))
+    return size, draw(st.lists(pair, min_size=1, max_size=13))
 
 
 class TestMaglev:
-    def test_the_example_of_the_paper(self) -> None:
-        # Table 1 of the paper: permutations of B0, B1, B2 for a table of 7, and the table that results.
-        assert fill(7, [(3, 4), (0, 2), (3, 1)]) == [1, 0, 1, 0, 2, 2, 0]
+    def test_the_permutations_of_the_paper(self) -> None:
+        # Table 1 of the paper: B0 wants 3 0 4 1 5 2 6, B1 0 2 4 6 1 3 5, B2 3 4 5 6 0 1 2. By hand, shares
+        # are 2, 2 and 3: B0 gets 3, its first wish, and 1, its fourth; B1 0 and 2; B2 what is left: 4 5 6.
+        assert fill(7, [(3, 4), (0, 2), (3, 1)]) == [1, 0, 1, 0, 2, 2, 2]
 
     @given(maglev_inputs())
-    def test_it_is_the_table_of_the_pseudocode(self, given_: tuple[int, list[tuple[int, int]]]) -> None:
+    def test_a_place_goes_to_who_wants_it_most(self, given_: tuple[int, Permutations]) -> None:
         assert fill(*given_) == maglev_table(*given_)
 
     @given(maglev_inputs())
-    def test_shares_differ_by_one_at_most(self, given_: tuple[int, list[tuple[int, int]]]) -> None:
+    def test_shares_differ_by_one_at_most(self, given_: tuple[int, Permutations]) -> None:
         size, permutations = given_
         shares = Counter(fill(size, permutations))
         counts = [shares[n] for n in range(len(permutations))]
         assert max(counts) - min(counts) <= 1
+
+    @given(maglev_inputs(), st.data())
+    def test_shares_follow_weights(self, given_: tuple[int, Permutations], data: st.DataObject) -> None:
+        size, permutations = given_
+        count = len(permutations)
+        weights = data.draw(st.lists(st.integers(1, 65535), min_size=count, max_size=count))
+        shares = Counter(fill(size, permutations, weights))
+        for number, weight in enumerate(weights):
+            assert abs(shares[number] - 1 - (size - count) * weight / sum(weights)) < 1
+
+    def test_weights_are_relative(self) -> None:
+        permutations = [(3, 4), (0, 2), (3, 1)]
+        assert fill(251, permutations, [200, 100, 300]) == fill(251, permutations, [2, 1, 3])
 
 
 class TestMessages:

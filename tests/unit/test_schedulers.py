@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from ipaddress import IPv4Address
+from random import Random
+from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpfproxy.dataplane.bpf.schedulers import (
     HASH_MIN,
-    MAGLEV_PRIMES,
     WEIGHTED_MAX,
-    maglev_size,
     slot_table,
 )
-from ebpfproxy.model.services import Backend, Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Backend, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def backends(*weights: int) -> list[Backend]:
@@ -91,16 +96,23 @@ def test_hash_tables_leave_no_backend_out() -> None:
     assert len(slot_table(Scheduler.DH, backends(*[1] * 5))) == HASH_MIN
 
 
-@pytest.mark.parametrize("number", MAGLEV_PRIMES)
-def test_maglev_sizes_are_prime(number: int) -> None:
-    assert all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+@pytest.mark.parametrize("number", MAGLEV_SIZES)
+def test_maglev_sizes_are_the_largest_primes_below_powers_of_two(number: int) -> None:
+    def is_prime(candidate: int) -> bool:
+        return all(candidate % divisor for divisor in range(2, int(candidate**0.5) + 1))
+
+    assert is_prime(number)
+    assert not any(map(is_prime, range(number + 1, 1 << number.bit_length())))
 
 
-@pytest.mark.parametrize("count", [1, 10, 163])
-def test_maglev_table_is_a_hundred_times_the_backends(count: int) -> None:
-    # Section 5.3 of the paper: then the least and most loaded backend differ by at most 1 %.
-    assert maglev_size(count) == 16381 >= 100 * count
-    assert maglev_size(164) == 65521
+@pytest.mark.parametrize(
+    ("count", "wanted", "size"),
+    [(1, 251, 251), (251, 251, 251), (252, 251, 257), (163, 16381, 16381), (1000, 16381, 16381)],
+)
+def test_a_maglev_table_has_the_size_asked_for_and_room_for_all(count: int, wanted: int, size: int) -> None:
+    table = slot_table(Scheduler.MAGLEV, backends(*[1] * count), wanted)
+    assert len(table) == size
+    assert len(set(table)) == count
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,7 +121,7 @@ def test_maglev_shares_differ_by_one_percent_at_most(count: int) -> None:
     counts = Counter(slot_table(Scheduler.MAGLEV, backends(*[1] * count)))
     assert len(counts) == count
     share = 16381 / count
-    # Each backend takes one place a turn (section 3.4), so at unweighted tables counts differ by one.
+    # Section 5.3 of the paper wants at most 1 %; shares of equal weights are even.
     assert max(counts.values()) - min(counts.values()) <= max(1, share * 0.01)
 
 
@@ -122,21 +134,39 @@ def test_maglev_does_not_depend_on_the_order(order: list[int]) -> None:
     assert [shuffled[index] for index in slot_table(Scheduler.MAGLEV, shuffled)] == [every[i] for i in table]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(2, 60), st.data())
-def test_maglev_moves_little_when_a_backend_goes(count: int, data: st.DataObject) -> None:
-    every = backends(*[1] * count)
-    gone = data.draw(st.integers(0, count - 1))
-    rest = [backend for index, backend in enumerate(every) if index != gone]
-    before = [every[index] for index in slot_table(Scheduler.MAGLEV, every)]
-    after = [rest[index] for index in slot_table(Scheduler.MAGLEV, rest)]
-    moved = sum(1 for old, new in zip(before, after, strict=True) if old != new and old != every[gone])
-    # Section 5.3, figure 12: one failed backend changes a few per cent of the other entries, no more.
-    assert moved / len(before) < 0.06
+def moved(before: Sequence[Backend], after: Sequence[Backend]) -> float:
+    """Return the share of slots that changed hands although their backend is still there."""
+    places_before, places_after = maglev(before), maglev(after)
+    stayers = set(before) & set(after)
+    pairs = [(old, new) for old, new in zip(places_before, places_after, strict=True) if old in stayers]
+    return sum(old != new for old, new in pairs) / len(pairs)
+
+
+def maglev(members: Sequence[Backend]) -> list[Backend]:
+    return [members[index] for index in slot_table(Scheduler.MAGLEV, members)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_maglev_moves_little_when_one_of_a_hundred_goes(seed: int) -> None:
+    random = Random(seed)
+    every = [Backend(str(IPv4Address(address)), 8080) for address in random.sample(range(2**24, 2**31), 100)]
+    shares = [moved(every, every[:gone] + every[gone + 1 :]) for gone in range(100)]
+    # The paper's own way to fill the table moves 1.34 % on average and 1.6 % at most.
+    assert max(shares) <= 0.013
+
+
+def test_maglev_moves_little_when_a_weight_changes() -> None:
+    every = backends(*[100] * 100)
+    lighter = [msgspec.structs.replace(each, weight=90) if n == 7 else each for n, each in enumerate(every)]
+    before, after = maglev(every), maglev(lighter)
+    # A tenth of a hundredth has to move; the rest is that somebody gets these places.
+    differences = sum(old.address != new.address for old, new in zip(before, after, strict=True))
+    assert 0 < differences / MAGLEV_SIZE < 0.005
 
 
 def test_maglev_follows_weights() -> None:
     counts = Counter(slot_table(Scheduler.MAGLEV, backends(1, 2, 5)))
+    assert sum(counts.values()) == 16381
     assert counts[0] == pytest.approx(16381 / 8, rel=0.01)
     assert counts[1] == pytest.approx(16381 * 2 / 8, rel=0.01)
     assert counts[2] == pytest.approx(16381 * 5 / 8, rel=0.01)
@@ -150,7 +180,7 @@ def test_maglev_is_the_same_on_every_node() -> None:
 
     program = (
         "from ebpfproxy.dataplane.bpf.schedulers import slot_table;"
-        "from ebpfproxy.model.services import Backend, Scheduler;"
+        "from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Backend, Scheduler;"
         "b = [Backend(f'10.0.0.{n}', 80) for n in range(1, 8)];"
         "import hashlib; print(hashlib.sha256(bytes(slot_table(Scheduler.MAGLEV, b))).hexdigest())"
     )

@@ -18,6 +18,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
 )
 from ebpfproxy.dataplane.bpf.plan import apply, make_plan
 from ebpfproxy.dataplane.bpf.read import read_tables
+from ebpfproxy.dataplane.bpf.schedulers import slot_table
 from ebpfproxy.dataplane.bpf.tables import Tables, render_service
 from ebpfproxy.libbpf import ffi, lib
 from ebpfproxy.model.services import (
@@ -27,6 +28,7 @@ from ebpfproxy.model.services import (
     Policy,
     Protocol,
     Readiness,
+    Scheduler,
     Service,
 )
 from fake_maps import (
@@ -42,7 +44,7 @@ from fake_maps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 TCP = 6
 A, B, C = (Backend(f"10.1.0.{n}", 8080, is_local=n == 1) for n in (1, 2, 3))
@@ -299,3 +301,23 @@ def test_an_unchanged_service_is_not_looked_at_again() -> None:
         "slots": 1,
         "backends": 1,
     }
+
+
+def test_only_a_changed_service_gets_a_new_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Backend, ...]] = []
+
+    def spy(scheduler: Scheduler, backends: tuple[Backend, ...], maglev_size: int) -> Sequence[int]:
+        made.append(backends)
+        return slot_table(scheduler, backends, maglev_size)
+
+    monkeypatch.setattr("ebpfproxy.dataplane.bpf.schedulers.slot_table", spy)
+    kernel = Kernel({**LIMITS, "slots": 1 << 16})
+    stays, before, after = (
+        service("stays", frontends=(cluster_ip("10.96.0.1"),), backends=(A, B), scheduler=Scheduler.MAGLEV),
+        service("moves", frontends=(cluster_ip("10.96.0.2"),), backends=(A, B), scheduler=Scheduler.MAGLEV),
+        service("moves", frontends=(cluster_ip("10.96.0.2"),), backends=(A, C), scheduler=Scheduler.MAGLEV),
+    )
+    assert kernel.sync(state(stays, before)) == []
+    assert made == [(A, B), (A, B)]
+    assert kernel.sync(state(stays, after)) == []
+    assert made == [(A, B), (A, B), (A, C)]

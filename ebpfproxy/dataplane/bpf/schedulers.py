@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from array import array
 from typing import TYPE_CHECKING
 
 from ebpfproxy.libbpf import ffi, lib
-from ebpfproxy.model.services import Backend, Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZE, Backend, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,11 +28,6 @@ WEIGHTED_MAX = 4096
 HASH_MIN = 256
 #: The same at most, where more backends or weights need it: no backend shall be left out.
 HASH_MAX = 1 << 16
-#: Slots of a maglev table: the largest primes below a power of two. The paper wants 100 times the number of
-#: backends for shares within 1 %.
-MAGLEV_PRIMES = (16381, 65521, 262139)
-#: Turns in one round of filling a maglev table, at most; larger weights are scaled down.
-MAGLEV_TURNS = 1024
 
 CODE = {
     Scheduler.RANDOM: lib.SCHED_RANDOM,
@@ -47,12 +43,15 @@ CODE = {
 }
 
 
-def slot_table(scheduler: Scheduler, backends: Sequence[Backend]) -> tuple[int, ...]:
+def slot_table(
+    scheduler: Scheduler, backends: Sequence[Backend], maglev_size: int = MAGLEV_SIZE
+) -> Sequence[int]:
     """Return which backend stands in each slot.
 
     Args:
         scheduler: how a backend is picked.
         backends: distinct, of positive weight.
+        maglev_size: slots of a maglev table, a prime; more where there are more backends.
 
     Returns:
         Indexes into ``backends``; empty when there are none.
@@ -60,7 +59,7 @@ def slot_table(scheduler: Scheduler, backends: Sequence[Backend]) -> tuple[int, 
     if not backends:
         return ()
     if scheduler is Scheduler.MAGLEV:
-        return _maglev(tuple((f"{b.address}|{b.port}", b.weight) for b in backends))
+        return _maglev(tuple([(f"{b.address}|{b.port}", b.weight) for b in backends]), maglev_size)
     return _by_weight(scheduler, tuple([b.weight for b in backends]))
 
 
@@ -122,27 +121,33 @@ def _buckets(weights: tuple[int, ...]) -> tuple[int, ...]:
     return (once * (size // len(once) + 1))[:size]
 
 
-def maglev_size(count: int) -> int:
-    """Return the number of slots of a maglev table for ``count`` backends."""
-    return next((prime for prime in MAGLEV_PRIMES if prime >= 100 * count), MAGLEV_PRIMES[-1])
-
-
-@functools.lru_cache(maxsize=256)
-def _maglev(members: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=64)
+def _maglev(members: tuple[tuple[str, int], ...], size: int) -> array[int]:
     """Return the Maglev lookup table; neither the order of ``members`` nor the node matters.
 
     Args:
         members: (text that identifies the backend, weight).
+        size: slots; a prime.
 
-    Source: Eisenbud et al., "Maglev", NSDI 2016, section 3.4.
+    Source: Eisenbud et al., "Maglev", NSDI 2016, section 3.4; ``glue.c`` says where it differs.
     """
-    size = maglev_size(len(members))
+    size = max(size, _next_prime(len(members)))
     order = sorted(range(len(members)), key=members.__getitem__)
-    weights = _scaled(tuple([members[index][1] for index in order]), MAGLEV_TURNS)
-    turns = [order[place] for place in _repeated(weights)]
-    digests = [hashlib.blake2b(members[index][0].encode(), digest_size=16).digest() for index in turns]
+    digests = [hashlib.blake2b(members[index][0].encode(), digest_size=16).digest() for index in order]
     offsets = [int.from_bytes(digest[:8], "big") % size for digest in digests]
     skips = [int.from_bytes(digest[8:], "big") % (size - 1) + 1 for digest in digests]
-    table = ffi.new("uint32_t[]", size)
-    lib.maglev_fill(table, size, offsets, skips, len(turns))
-    return tuple([turns[turn] for turn in table])
+    weights = [members[index][1] for index in order]
+    table = array("I", bytes(4 * size))
+    if lib.maglev_fill(
+        ffi.from_buffer("uint32_t[]", table), size, order, offsets, skips, weights, len(order)
+    ):
+        raise MemoryError
+    return table
+
+
+def _next_prime(number: int) -> int:
+    """Return the smallest prime that is not below ``number``."""
+    number = max(number, 2)
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number

@@ -43,7 +43,7 @@ from ebpfproxy.model.services import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 #: The maps that the control plane fills. ``backends`` is keyed by id, ``slots`` by the base of a range.
 NAMES = ("service_names", "backends", "slots", "source_ranges", "local_sources", "services", "vips")
@@ -93,7 +93,7 @@ class RenderedService(NamedTuple):
     name: bytes  # value of service_names
     proto: int
     backends: dict[bytes, tuple[int, int, int]]  # address + port -> (state, weight, flags); tables index it
-    tables: tuple[tuple[int, ...], ...]  # slot tables
+    tables: tuple[Sequence[int], ...]  # slot tables
     frontends: tuple[FrontendEntry, ...]
     vips: frozenset[tuple[bytes, int]]  # (address, kind)
     source_ranges: tuple[tuple[int, bytes], ...]  # (bits, address)
@@ -130,14 +130,14 @@ def render_service(service: Service) -> RenderedService:
         )
         for backend in service.backends
     }
-    tables: list[tuple[int, ...]] = []
+    tables: list[Sequence[int]] = []
     numbers: dict[bool, int] = {}  # is it the pool of policy Local? -> index into tables
 
     def table_of(policy: Policy) -> int:
         is_local = policy is Policy.LOCAL
         if is_local not in numbers:
             chosen = (service.local if is_local else service.cluster).backends
-            slots = schedulers.slot_table(service.scheduler, chosen)
+            slots = schedulers.slot_table(service.scheduler, chosen, service.maglev_size)
             if len(chosen) != len(service.backends):
                 position = {(b.address, b.port): n for n, b in enumerate(service.backends)}
                 places = [position[b.address, b.port] for b in chosen]
