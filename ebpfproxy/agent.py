@@ -45,6 +45,7 @@ _log = log.get(__name__)
 STATE_DIR = Path("/var/lib/ebpfproxy")
 LEDGER_FILE = "allocations.json"
 LOCK_FILE = "lock"
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 # Exit codes of ``run``; the command line has the same.
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED = 0, 1, 2, 3
@@ -75,6 +76,7 @@ class Options(msgspec.Struct, frozen=True):
     log_format: str = ""  # text | json
     healthz_bind_address: str | None = None  # "" = off
     metrics_bind_address: str | None = None  # "" = off
+    fields: dict[str, Any] = {}  # path of a configuration field, as "ipvs.scheduler" -> its value
 
     def apply(self, file: Config) -> Config:
         """Return the configuration with these flags over it."""
@@ -101,6 +103,8 @@ _FIXED = {
     "loader": "ebpfproxy.loader",
     "device_attachment": "ebpfproxy.deviceAttachment",
     "hostname_override": "hostnameOverride",
+    "local_devices": "detectLocal",
+    "oom_score_adj": "oomScoreAdj",
     "devices": "ebpfproxy.devices",
     "map_sizes": "ebpfproxy.mapSizes",
     "service_node_port_range": "ebpfproxy.serviceNodePortRange",
@@ -126,6 +130,9 @@ class Network(Protocol):
     def addresses(self) -> Sequence[netlink.Address]:
         """Return the addresses of this host."""
 
+    def prefixes_behind(self, patterns: Sequence[str]) -> frozenset[str]:
+        """Return the prefixes that are reached through devices with one of these names."""
+
 
 class HostNetwork(netlink.Watch):
     """The network that this process is in."""
@@ -133,6 +140,10 @@ class HostNetwork(netlink.Watch):
     def addresses(self) -> Sequence[netlink.Address]:
         """Return the addresses of this host."""
         return netlink.addresses()
+
+    def prefixes_behind(self, patterns: Sequence[str]) -> frozenset[str]:
+        """Return the prefixes that are reached through devices with one of these names."""
+        return netlink.prefixes_behind(patterns)
 
 
 class Place(NamedTuple):
@@ -142,11 +153,16 @@ class Place(NamedTuple):
     state_dir: Path
 
 
-def local_sources(settings: Config, node: Node | None) -> frozenset[str]:
+def local_sources(settings: Config, node: Node | None, network: Network) -> frozenset[str]:
     """Return the prefixes whose traffic is this node's pods'.
+
+    kube-proxy tells traffic of a bridge, or of devices with a prefix, by the device that it comes through.
+    Here it is known by its source: what the node routes to those devices.
 
     Source: kube-proxy's detectLocalMode; without one, clusterCIDR if it is set, else the Node's pod CIDRs.
     """
+    if settings.local_devices:
+        return network.prefixes_behind(settings.local_devices)
     mode = settings.detect_local_mode
     pod_cidrs = node.pod_cidrs if node else ()
     if mode == "NodeCIDR" or (mode != "ClusterCIDR" and not settings.cluster_cidrs):
@@ -159,7 +175,7 @@ def detects_local(settings: Config) -> bool:
 
     Source: kube-proxy's local traffic detector; without one it masquerades nobody for coming from outside.
     """
-    return bool(settings.cluster_cidrs) or settings.detect_local_mode == "NodeCIDR"
+    return bool(settings.cluster_cidrs or settings.local_devices) or settings.detect_local_mode == "NodeCIDR"
 
 
 class Agent:
@@ -211,6 +227,7 @@ class Agent:
         self._reload_deadline = 0.0  # or it is this late
         # What it was worked out from, and this host's addresses. None: to be read.
         self._addresses: tuple[Any, NodePortAddresses] | None = None
+        self._sources: tuple[Any, frozenset[str]] | None = None
         self._network_at: float | None = None  # when to look at gathered network changes
         self._saved_ledger: Any = _read_ledger(place.state_dir / LEDGER_FILE)
         self._must_compare = True  # what changed since the last resolution has to be found out
@@ -305,8 +322,9 @@ class Agent:
     def _sync(self) -> None:
         """Make the dataplane serve what the store says."""
         if not self._runner.requested:
-            self._addresses = None  # the periodic full run
+            self._addresses = self._sources = None  # the periodic full run
         started = time.monotonic()
+        is_full = self._must_compare or self._feed.is_new or not self._runner.requested
         self._runner.start(started)
         problem, is_done = "", True
         try:
@@ -326,7 +344,7 @@ class Agent:
         else:
             self._runner.succeed()
             self._report("sync", [])
-        self._counts.sync(took_s, time.time(), is_done=is_done)
+        self._counts.sync(took_s, time.time(), is_done=is_done, is_full=is_full)
         if is_done:
             self._waiting_since = None
             self._state = state
@@ -366,7 +384,7 @@ class Agent:
         return DesiredState(
             resolution.services,
             self._node_port_addresses(node),
-            local_sources(self.settings, node),
+            self._local_sources(node),
             masquerades_all=self.settings.masquerade_all,
             masquerades_outside=detects_local(self.settings),
         )
@@ -403,9 +421,18 @@ class Agent:
         self._saved_ledger = ledger
         self._report("ledger", [])
 
+    def _local_sources(self, node: Node | None) -> frozenset[str]:
+        """Return whose traffic is this node's pods'; worked out anew only when something changed."""
+        key = (self.settings, node.pod_cidrs if node else ())
+        if self._sources is None or self._sources[0] != key:
+            self._sources = (key, local_sources(self.settings, node, self._network))
+        return self._sources[1]
+
     def _node_port_addresses(self, node: Node | None) -> NodePortAddresses:
         """Return this host's addresses; worked out anew only when something changed."""
         selectors, primary = self.settings.node_port_addresses, node.ips if node else ()
+        if bind := self.settings.bind_address:
+            primary = (bind, *(each for each in primary if (":" in each) != (":" in bind)))
         key = (selectors, primary)
         if self._addresses is None or self._addresses[0] != key:
             found = netlink.node_port_addresses(self._network.addresses(), selectors, primary)
@@ -420,7 +447,7 @@ class Agent:
             self._network_at = now + _NETWORK_S
         if self._network_at is not None and now >= self._network_at:
             self._network_at = None
-            self._addresses = None
+            self._addresses = self._sources = None
             self._runner.request()
             self._next_tick = now  # the dataplane sees to new devices at once
 
@@ -476,6 +503,8 @@ class Agent:
                     mode=getattr(self._dataplane, "mode", ""),
                     loader=getattr(self._dataplane, "loader", ""),
                     passed_over=tuple(getattr(self._dataplane, "passed_over", ())),
+                    waiting=self._feed.store.pending(),
+                    rules=getattr(self._dataplane, "rule_counts", None),
                 ),
             )
         )
@@ -501,7 +530,7 @@ class Agent:
         self._reload_synced = self._feed.synced + 1
         self._reload_deadline = now + _RELOAD_S
         self._feed.reread()
-        self._addresses = None
+        self._addresses = self._sources = None
         self._runner.request()
 
     def _take_settings(self, settings: Config) -> None:
@@ -616,6 +645,8 @@ def run(options: Options) -> int:
         settings = _settings(options)
         log.setup(settings.log_format, debug=settings.log_debug)
         warn_unused(settings)
+        if settings.oom_score_adj is not None:
+            _set_oom_score(settings.oom_score_adj)
         return _run(options, settings)
     except ConfigError as error:
         _log.error("%s", error)
@@ -625,8 +656,16 @@ def run(options: Options) -> int:
         return EXIT_FAILED
 
 
+def _set_oom_score(value: int) -> None:
+    """Tell the kernel how soon to end this process when memory is short; a refusal is no reason to stop."""
+    try:
+        _OOM_SCORE.write_text(str(value))
+    except OSError as error:
+        _log.warning("set oomScoreAdj to %d: %s", value, error.strerror)
+
+
 def _settings(options: Options) -> Config:
-    return options.apply(config.load(options.config) if options.config else config.Config())
+    return options.apply(config.load(options.config, options.fields))
 
 
 def _run(options: Options, settings: Config) -> int:
@@ -639,7 +678,7 @@ def _run(options: Options, settings: Config) -> int:
         stack.callback(_lock_state_dir(options.state_dir).close)
         dataplane = ChosenDataplane(settings, Site(options.state_dir, options.cgroup, options.bpffs))
         stack.callback(dataplane.close)
-        network = HostNetwork()
+        network = HostNetwork(routes=bool(settings.local_devices))
         stack.callback(network.close)
         agent = Agent(
             settings,

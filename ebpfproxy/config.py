@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ebpfproxy.errors import ConfigError
+from ebpfproxy.feature_gates import without_effect
 from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Scheduler
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
@@ -160,7 +161,7 @@ class _File(_Schema, frozen=True):
     detect_local: _DetectLocal = _DetectLocal()
     cluster_cidr: str = msgspec.field(default="", name="clusterCIDR")
     node_port_addresses: list[str] = []
-    oom_score_adj: int = -999
+    oom_score_adj: int | None = None  # upstream: -999; here a service manager's setting is left alone
     conntrack: _Conntrack = _Conntrack()
     config_sync_period: Duration = Duration(15 * 60)
     port_range: str = ""
@@ -180,7 +181,10 @@ class Config(msgspec.Struct, frozen=True):
     devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
     cluster_cidrs: tuple[str, ...] = ()  # canonical, at most one of each family
     node_port_addresses: tuple[str, ...] = ()  # canonical CIDRs and "primary"; () = all
-    detect_local_mode: str = ""  # "" | ClusterCIDR | NodeCIDR, and others that are named in ``unused``
+    detect_local_mode: str = ""  # "" | ClusterCIDR | NodeCIDR | BridgeInterface | InterfaceNamePrefix
+    local_devices: tuple[str, ...] = ()  # patterns: what comes through these is this node's pods'
+    bind_address: str = ""  # this node's primary address, canonical; "" = found
+    oom_score_adj: int | None = None  # None: as it is
     scheduler: Scheduler = Scheduler.RANDOM
     maglev_size: int = MAGLEV_SIZE
     masquerade_all: bool = False
@@ -224,15 +228,20 @@ _USED = frozenset(
         "nftables.minSyncPeriod",
         "clusterCIDR",
         "nodePortAddresses",
-        "bindAddress",  # its family; an address of its own is named below
+        "bindAddress",
         "bindAddressHardFail",
         "healthzBindAddress",
         "metricsBindAddress",
         "detectLocalMode",
+        "detectLocal.bridgeInterface",  # each of these two with its mode
+        "detectLocal.interfaceNamePrefix",
+        "featureGates",  # those that do nothing are named one by one
+        "oomScoreAdj",
         "conntrack.tcpEstablishedTimeout",
         "conntrack.tcpCloseWaitTimeout",
         "conntrack.udpTimeout",
         "conntrack.udpStreamTimeout",
+        "conntrack.tcpBeLiberal",  # no window is ever checked here
         "logging.format",
         "logging.flushFrequency",  # nothing is buffered here
         "logging.verbosity",
@@ -248,12 +257,18 @@ _LOCAL_MODES = frozenset(("", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "Int
 _DEBUG_VERBOSITY = 4
 
 
-def load(path: Path | str) -> Config:
+def load(path: Path | str | None, flags: Mapping[str, Any] | None = None) -> Config:
     """Return the configuration in the file ``path``.
+
+    Args:
+        path: None: there is no file, its fields have their defaults.
+        flags: path of a field, as "ipvs.scheduler" -> its value, over what the file says.
 
     Raises:
         ConfigError: it can't be read, is not YAML, or a field is unknown or wrong; the message names it.
     """
+    if path is None:
+        return parse(overlay({"apiVersion": API_VERSION, "kind": KIND}, flags or {}))
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -267,9 +282,25 @@ def load(path: Path | str) -> Config:
     try:
         if len(found) != 1:
             raise ConfigError(f"expected one document, got {len(found)}")
-        return parse(found[0])
+        return parse(overlay(found[0], flags or {}))
     except ConfigError as error:
         raise ConfigError(f"configuration {path}: {error}") from error
+
+
+def overlay(raw: object, flags: Mapping[str, Any]) -> object:
+    """Return ``raw`` with fields set by their paths; mappings, as feature gates, are merged."""
+    if not isinstance(raw, Mapping):
+        return raw  # parse says what is wrong with it
+    result = dict(raw)
+    for path, value in flags.items():
+        head, _, rest = path.partition(".")
+        if rest:
+            result[head] = overlay(result.get(head) or {}, {rest: value})
+        else:
+            before = result.get(head)
+            is_merged = isinstance(value, Mapping) and isinstance(before, Mapping)
+            result[head] = {**before, **value} if is_merged else value  # type: ignore[dict-item]
+    return result
 
 
 def parse(raw: object) -> Config:
@@ -312,12 +343,11 @@ def _config(file: _File) -> Config:
     section_name, section = _sync_section(file)
     masquerade = file.nftables if file.mode == "nftables" else file.iptables  # ipvs has none of its own
     unused += [scheduler_note] if scheduler_note else []
-    if file.bind_address not in _EVERY_ADDRESS:
-        unused.append("bindAddress")
-    if file.detect_local_mode in ("BridgeInterface", "InterfaceNamePrefix"):
-        unused.append(f"detectLocalMode: {file.detect_local_mode} (use ClusterCIDR or NodeCIDR)")
-    elif file.detect_local_mode not in _LOCAL_MODES:
-        raise ConfigError(f"detectLocalMode: {file.detect_local_mode!r} is none of {_names(_LOCAL_MODES)}")
+    unused += without_effect(file.feature_gates)
+    local_devices, detect_notes = _local_devices(file)
+    unused += detect_notes
+    if file.oom_score_adj is not None and not -1000 <= file.oom_score_adj <= 1000:
+        raise ConfigError(f"oomScoreAdj: {file.oom_score_adj} is not between -1000 and 1000")
     if file.logging.format not in ("", "text", "json"):
         raise ConfigError(f"logging.format: {file.logging.format!r} is neither text nor json")
     extras = file.ebpfproxy
@@ -345,6 +375,9 @@ def _config(file: _File) -> Config:
         cluster_cidrs=parse_cidr_pair("clusterCIDR", file.cluster_cidr),
         node_port_addresses=_node_port_addresses(file.node_port_addresses),
         detect_local_mode=file.detect_local_mode,
+        local_devices=local_devices,
+        bind_address=_bind_address(file.bind_address),
+        oom_score_adj=file.oom_score_adj,
         scheduler=scheduler,
         maglev_size=extras.maglev_table_size,
         masquerade_all=masquerade.masquerade_all,
@@ -380,6 +413,45 @@ def _config(file: _File) -> Config:
         must_bind=file.bind_address_hard_fail,
         unused=tuple(unused),
     )
+
+
+def _local_devices(file: _File) -> tuple[tuple[str, ...], list[str]]:
+    """Return patterns of the devices that detectLocalMode names, and what is set beside it in vain.
+
+    Raises:
+        ConfigError: there is no such mode, or it lacks what it needs.
+    """
+    mode, detect = file.detect_local_mode, file.detect_local
+    if mode not in _LOCAL_MODES:
+        raise ConfigError(f"detectLocalMode: {mode!r} is none of {_names(_LOCAL_MODES)}")
+    named = {
+        "BridgeInterface": ("detectLocal.bridgeInterface", detect.bridge_interface, ""),
+        "InterfaceNamePrefix": ("detectLocal.interfaceNamePrefix", detect.interface_name_prefix, "*"),
+    }
+    devices: tuple[str, ...] = ()
+    notes = []
+    for its_mode, (field, name, suffix) in named.items():
+        if mode == its_mode and not name:
+            raise ConfigError(f"{field}: detectLocalMode {mode} needs it")
+        if mode == its_mode:
+            devices = (name + suffix,)
+        elif name:
+            notes.append(f"{field} (detectLocalMode is not {its_mode})")
+    return devices, notes
+
+
+def _bind_address(text: str) -> str:
+    """Return the canonical address in ``bindAddress``, "" for all of them.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text in _EVERY_ADDRESS:
+        return ""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise ConfigError(f"bindAddress: {text!r} is not an IP address") from error
 
 
 def _unused_fields(part: _Schema, default: _Schema, prefix: str = "") -> Iterator[str]:

@@ -4,8 +4,9 @@ The one home of prometheus_client, which is imported at the first scrape: that t
 thread only counts (``Counts``) and hands out frozen copies (``Facts``); the dataplane reads its maps into a
 ``Reading`` when somebody asks.
 
-Source: names, types and buckets of ``kubeproxy_*`` are those of Kubernetes' metrics reference. From 1.33 on
-kube-proxy tells IP families apart; here one sync serves both, so only what differs has the label ip_family.
+Source: names, types, labels and buckets of ``kubeproxy_*`` are those of Kubernetes' metrics reference. Since
+1.33 kube-proxy syncs each IP family by itself, hence its label ip_family; here one sync serves both, so
+both have the values of that sync.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import bisect
 import datetime as dt
 import itertools
 from collections import Counter, deque
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Mapping  # noqa: TC003 - msgspec reads the annotations
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
 
+from ebpfproxy.model.objects import Endpoints, EndpointSlice, ObjectKey
 from ebpfproxy.model.services import DesiredState, FrontendKind, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
-    from ebpfproxy.model.objects import Object, ObjectKey
+    from ebpfproxy.model.objects import Object
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Set by Kubernetes' endpoint controllers: when the Pod or Service that made them write changed.
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 # More changes than this between two syncs are not timed one by one.
 _TRIGGERS_MAX = 10_000
+
+FAMILIES = ("IPv4", "IPv6")  # values of the label ip_family
 
 _SYNC_BUCKETS = tuple(0.001 * 2**n for n in range(15))
 _PROGRAMMING_BUCKETS = (
@@ -51,16 +56,38 @@ class Distribution(msgspec.Struct, frozen=True):
     counts: tuple[int, ...] = (0,)  # one for each bound, and one beyond the last
     sum: float = 0.0
 
+    def __add__(self, other: Distribution) -> Distribution:
+        """Return both together; their bounds are the same, or one of them is empty."""
+        if len(self.counts) != len(other.counts):
+            return max(self, other, key=lambda each: len(each.counts))
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Distribution(self.bounds, counts, self.sum + other.sum)
+
+
+class RuleCounts(msgspec.Struct, frozen=True):
+    """What a dataplane made of rules counts; keys are label values, () of a metric without labels."""
+
+    iptables_total: Mapping[tuple[str, ...], int] = {}  # ip_family, table -> rules that are ours
+    iptables_last: Mapping[tuple[str, ...], int] = {}  # ip_family, table -> rules written by the last sync
+    restore_failures: Mapping[tuple[str, ...], int] = {}  # ip_family -> iptables-restore failed
+    partial_restore_failures: Mapping[tuple[str, ...], int] = {}  # ip_family -> and a full one was needed
+    nftables_sync_failures: Mapping[tuple[str, ...], int] = {}  # ip_family
+    nftables_cleanup_failures: Mapping[tuple[str, ...], int] = {}  # ip_family
+
 
 class Facts(msgspec.Struct, frozen=True):
     """What the agent counted."""
 
-    syncs: Distribution = Distribution()
-    programming: Distribution = Distribution()
+    full_syncs: Distribution = Distribution()
+    partial_syncs: Distribution = Distribution()
+    programming: Mapping[str, Distribution] = {}  # ip_family ->
     synced: float = 0.0  # Unix time
     queued: float = 0.0  # Unix time
     service_changes: int = 0
     endpoint_changes: int = 0
+    services_pending: int = 0
+    endpoints_pending: int = 0
+    rules: RuleCounts = RuleCounts()
     problems: int = 0
     version: str = ""
     mode: str = ""
@@ -93,28 +120,32 @@ class Counts:
         self.synced = 0.0  # Unix time of the last success
         self.queued = 0.0  # Unix time when a sync was last asked for
         self._started = started
-        self._syncs = _Histogram(_SYNC_BUCKETS)
-        self._programming = _Histogram(_PROGRAMMING_BUCKETS)
+        self._full_syncs, self._partial_syncs = _Histogram(_SYNC_BUCKETS), _Histogram(_SYNC_BUCKETS)
+        self._programming = {family: _Histogram(_PROGRAMMING_BUCKETS) for family in FAMILIES}
         self._changes: Counter[str] = Counter()
-        self._triggers: deque[float] = deque(maxlen=_TRIGGERS_MAX)  # Unix times, not yet in the kernel
+        self._pending: set[ObjectKey] = set()  # not yet in the kernel; so are the next
+        self._triggers: deque[tuple[float, str]] = deque(maxlen=_TRIGGERS_MAX)  # Unix time, family
 
     def changed(self, keys: Iterable[ObjectKey], objects: Mapping[ObjectKey, Object]) -> None:
         """Note what the next sync is about."""
         for key in keys:
             self._changes[key.kind] += 1
-            if key.kind in ("EndpointSlice", "Endpoints") and (obj := objects.get(key)) is not None:
+            self._pending.add(key)
+            obj = objects.get(key)
+            if isinstance(obj, EndpointSlice | Endpoints):
                 stamp = _unix_time(obj.metadata.annotations.get(TRIGGER_TIME, ""))
                 if stamp > self._started:
-                    self._triggers.append(stamp)
+                    self._triggers.append((stamp, _family(obj)))
 
-    def sync(self, took_s: float, now: float, *, is_done: bool) -> None:
-        """Note the end of a sync at Unix time ``now``."""
-        self._syncs.observe(took_s)
+    def sync(self, took_s: float, now: float, *, is_done: bool, is_full: bool = True) -> None:
+        """Note the end of a sync at Unix time ``now``; ``is_full``: everything was compared."""
+        (self._full_syncs if is_full else self._partial_syncs).observe(took_s)
         if is_done:
             self.synced = now
-            for stamp in self._triggers:
-                self._programming.observe(max(0.0, now - stamp))
+            for stamp, family in self._triggers:
+                self._programming[family].observe(max(0.0, now - stamp))
             self._triggers.clear()
+            self._pending.clear()
 
     def freeze(
         self,
@@ -124,21 +155,46 @@ class Counts:
         mode: str,
         loader: str,
         passed_over: tuple[tuple[str, str], ...] = (),
+        waiting: Iterable[ObjectKey] = (),
+        rules: RuleCounts | None = None,
     ) -> Facts:
-        """Return what was counted so far."""
+        """Return what was counted so far.
+
+        Args:
+            problems: how many there are.
+            version: of the agent.
+            mode: of the dataplane.
+            loader: of BPF programs.
+            passed_over: modes that ``auto`` did not take, with the reason.
+            waiting: what changed since the last sync began.
+            rules: what the dataplane counts of its rules.
+        """
+        pending = Counter(key.kind for key in self._pending.union(waiting))
         return Facts(
-            syncs=self._syncs.freeze(),
-            programming=self._programming.freeze(),
+            full_syncs=self._full_syncs.freeze(),
+            partial_syncs=self._partial_syncs.freeze(),
+            programming={family: each.freeze() for family, each in self._programming.items()},
             synced=self.synced,
             queued=self.queued,
             service_changes=self._changes["Service"],
             endpoint_changes=self._changes["EndpointSlice"] + self._changes["Endpoints"],
+            services_pending=pending["Service"],
+            endpoints_pending=pending["EndpointSlice"] + pending["Endpoints"],
+            rules=rules or RuleCounts(),
             problems=problems,
             version=version,
             mode=mode,
             loader=loader,
             passed_over=passed_over,
         )
+
+
+def _family(obj: EndpointSlice | Endpoints) -> str:
+    """Return the label ip_family of endpoints; a slice of names (FQDN) counts as IPv4."""
+    if isinstance(obj, EndpointSlice):
+        return "IPv6" if obj.address_type == "IPv6" else "IPv4"
+    addresses = [address.ip for subset in obj.subsets for address in subset.addresses]
+    return "IPv6" if addresses and ":" in addresses[0] else "IPv4"
 
 
 def _unix_time(text: str) -> float:
@@ -184,8 +240,8 @@ class Scrape(msgspec.Struct, frozen=True):
     answers: dict[tuple[str, int], int] = {}  # path, code -> how often
 
 
-# A histogram, or the labels' values -> value.
-Values: TypeAlias = "Distribution | Mapping[tuple[str, ...], float]"
+# The labels' values -> value, a distribution of a histogram.
+Values: TypeAlias = "Mapping[tuple[str, ...], float | Distribution]"
 
 
 class Metric(NamedTuple):
@@ -230,6 +286,12 @@ def _services(count: Callable[[ServiceCount], int]) -> Callable[[Scrape], Values
     }
 
 
+def _both(value: Callable[[Facts], Any]) -> Callable[[Scrape], Any]:
+    """Return what one sync for both families has to say of each."""
+    return lambda s: {(family,): value(s.facts) for family in FAMILIES}
+
+
+_FAMILY = ("ip_family",)
 _SERVICE = ("namespace", "service", "port", "protocol", "ip_family")
 
 METRICS = (
@@ -237,22 +299,36 @@ METRICS = (
         "kubeproxy_sync_proxy_rules_duration_seconds",
         "histogram",
         "How long a sync took.",
-        (),
-        lambda s: s.facts.syncs,
+        _FAMILY,
+        _both(lambda facts: facts.full_syncs + facts.partial_syncs),
+    ),
+    Metric(
+        "kubeproxy_sync_full_proxy_rules_duration_seconds",
+        "histogram",
+        "How long a sync took that compared everything.",
+        _FAMILY,
+        _both(lambda facts: facts.full_syncs),
+    ),
+    Metric(
+        "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+        "histogram",
+        "How long a sync took that knew what had changed.",
+        _FAMILY,
+        _both(lambda facts: facts.partial_syncs),
     ),
     Metric(
         "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
         "gauge",
         "When the last sync succeeded, Unix time; 0 before the first one.",
-        (),
-        lambda s: {(): s.facts.synced},
+        _FAMILY,
+        _both(lambda facts: facts.synced),
     ),
     Metric(
         "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
         "gauge",
         "When a sync was last asked for, Unix time.",
-        (),
-        lambda s: {(): s.facts.queued},
+        _FAMILY,
+        _both(lambda facts: facts.queued),
     ),
     Metric(
         "kubeproxy_sync_proxy_rules_service_changes_total",
@@ -269,6 +345,20 @@ METRICS = (
         lambda s: {(): s.facts.endpoint_changes},
     ),
     Metric(
+        "kubeproxy_sync_proxy_rules_service_changes_pending",
+        "gauge",
+        "Changed Services that are not programmed yet.",
+        (),
+        lambda s: {(): s.facts.services_pending},
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+        "gauge",
+        "Changed EndpointSlices and Endpoints that are not programmed yet.",
+        (),
+        lambda s: {(): s.facts.endpoints_pending},
+    ),
+    Metric(
         "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
         "gauge",
         "Service ports with traffic policy Local that have endpoints, but none on this node.",
@@ -279,8 +369,50 @@ METRICS = (
         "kubeproxy_network_programming_duration_seconds",
         "histogram",
         f"From the change of a Pod or Service (annotation {TRIGGER_TIME}) to the end of the sync.",
-        (),
-        lambda s: s.facts.programming,
+        _FAMILY,
+        lambda s: {(family,): each for family, each in s.facts.programming.items()},
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_iptables_total",
+        "gauge",
+        "Mode iptables: rules that are the agent's.",
+        ("ip_family", "table"),
+        lambda s: s.facts.rules.iptables_total,
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_iptables_last",
+        "gauge",
+        "Mode iptables: rules that the last sync wrote.",
+        ("ip_family", "table"),
+        lambda s: s.facts.rules.iptables_last,
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_iptables_restore_failures_total",
+        "counter",
+        "Modes iptables and ipvs: iptables-restore refused a sync.",
+        _FAMILY,
+        lambda s: s.facts.rules.restore_failures,
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
+        "counter",
+        "Mode iptables: it refused what changed, and everything was written anew.",
+        _FAMILY,
+        lambda s: s.facts.rules.partial_restore_failures,
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+        "counter",
+        "Mode nftables: the kernel refused a transaction.",
+        _FAMILY,
+        lambda s: s.facts.rules.nftables_sync_failures,
+    ),
+    Metric(
+        "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
+        "counter",
+        "Mode nftables: chains no longer used could not be removed.",
+        _FAMILY,
+        lambda s: s.facts.rules.nftables_cleanup_failures,
     ),
     Metric(
         "kubeproxy_proxy_healthz_total", "counter", "Answers of /healthz.", ("code",), _answers("/healthz")
@@ -363,15 +495,18 @@ class _Collector:
     def collect(self) -> Iterable[object]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+        families: dict[str, Any] = {
+            "counter": CounterMetricFamily,
+            "gauge": GaugeMetricFamily,
+            "histogram": HistogramMetricFamily,
+        }
         for name, kind, text, labels, values in METRICS:
-            found = values(self._scrape)
-            if isinstance(found, Distribution):
-                edges = [*(f"{bound:g}" for bound in found.bounds), "+Inf"]
-                totals = itertools.accumulate(found.counts)
-                yield HistogramMetricFamily(name, text, [*zip(edges, totals, strict=True)], found.sum)
-                continue
-            made = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            family = made(name, text, labels=labels)
-            for key, value in found.items():
-                family.add_metric(key, value)
+            family = families[kind](name, text, labels=labels)
+            for key, value in values(self._scrape).items():
+                if isinstance(value, Distribution):
+                    edges = [*(f"{bound:g}" for bound in value.bounds), "+Inf"]
+                    totals = itertools.accumulate(value.counts)
+                    family.add_metric(key, [*zip(edges, totals, strict=True)], value.sum)
+                else:
+                    family.add_metric(key, value)
             yield family

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 PRIMARY = "primary"  # the special value of nodePortAddresses
 
-# Multicast groups of rtnetlink that say that a device or an address came, went or changed (rtnetlink.h).
+# Multicast groups of rtnetlink that say that a device, an address or a route came, went or changed
+# (rtnetlink.h).
 _RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
+_RTMGRP_ROUTES = 0x40 | 0x400  # of both families
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _IFA_F_SECONDARY = 0x1  # of IPv6: temporary (RFC 8981)
 _RT_SCOPE_UNIVERSE = 0
+_RT_TABLE_MAIN = 254
 
 # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS or TC_H_MIN_EGRESS), pkt_sched.h
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
@@ -66,12 +69,17 @@ class Filter(NamedTuple):
 
 
 class Watch:
-    """Tells that a device or an address changed; what changed has to be read anew."""
+    """Tells that a device or an address changed; what changed has to be read anew.
 
-    def __init__(self) -> None:
+    Args:
+        routes: tell of routes, too.
+    """
+
+    def __init__(self, *, routes: bool = False) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.setblocking(False)
-        self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
+        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+        self._socket.bind((0, groups | _RTMGRP_ROUTES if routes else groups))
 
     def fileno(self) -> int:
         """Return what to wait for with select or poll."""
@@ -134,11 +142,7 @@ def select_devices(found: Iterable[Device], patterns: Sequence[str]) -> list[Dev
     device above them.
     """
     if patterns:
-        return [
-            device
-            for device in found
-            if any(fnmatch.fnmatchcase(device.name, pattern) for pattern in patterns)
-        ]
+        return [device for device in found if _is_named(device.name, patterns)]
     return [d for d in found if not d.is_loopback and d.port_of not in ("bridge", "bond", "team")]
 
 
@@ -157,6 +161,26 @@ def _address(entry: Any) -> Address:
         is_global=entry["scope"] == _RT_SCOPE_UNIVERSE,
         is_secondary=bool((entry.get("flags") or entry["flags"]) & _IFA_F_SECONDARY),
     )
+
+
+def prefixes_behind(patterns: Sequence[str]) -> frozenset[str]:
+    """Return the prefixes that the main routing table reaches through devices with one of these names.
+
+    A default route says nothing about who is there, and link-local prefixes are behind every device.
+
+    Args:
+        patterns: shell globs.
+    """
+    with _iproute("list routes") as route:
+        numbers = {link["index"] for link in route.get_links() if _is_named(link.get("ifname"), patterns)}
+        found = [entry for entry in route.get_routes(table=_RT_TABLE_MAIN) if entry.get("oif") in numbers]
+    texts = {f"{each.get('dst')}/{each['dst_len']}" for each in found if each["dst_len"]}
+    networks = list(map(ipaddress.ip_network, texts))
+    return frozenset(str(each) for each in networks if not each.is_link_local and not each.is_multicast)
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def node_port_addresses(

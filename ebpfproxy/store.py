@@ -113,6 +113,10 @@ class Store:
         """Say whether ``take`` would tell anything new."""
         return bool(self._changed)
 
+    def pending(self) -> frozenset[ObjectKey]:
+        """Return what ``take`` would say has changed."""
+        return frozenset(self._changed)
+
     def take(self) -> Changes:
         """Return the objects and which of them changed since the last call."""
         changed, self._changed = frozenset(self._changed), set()

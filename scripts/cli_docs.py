@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ebpfproxy.cli import parser
+from ebpfproxy.cli.kube_proxy_flags import FLAGS, OTHER_JOBS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,11 @@ Errors are one line on standard error, `ebpfproxy: ...`; answers go to standard 
 """
 
 
+_KUBE_PROXY_FLAGS = """
+Beside these it takes every flag of kube-proxy: each sets the field of the configuration file that it stands
+for ([configuration.md](configuration.md#kube-proxys-flags)).
+"""
+
 # argparse keeps what a parser consists of in private attributes, and has no other way to ask.
 # ruff: noqa: SLF001
 
@@ -55,11 +61,18 @@ def document() -> str:
 def _section(name: str, command: argparse.ArgumentParser) -> str:
     rows = [f"| {_names(action)} | {_meaning(action)} |" for action in _arguments(command)]
     table = "\n| argument | meaning |\n|---|---|\n" + "\n".join(rows) + "\n" if rows else ""
-    return f"\n## `ebpfproxy {name}`\n\n{command.description}\n{table}"
+    more = _KUBE_PROXY_FLAGS if name == "run" else ""
+    return f"\n## `ebpfproxy {name}`\n\n{command.description}\n{table}{more}"
 
 
 def _arguments(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    return (action for action in command._actions if action.dest != "help")
+    """Return the arguments; kube-proxy's flags, which have no words of their own, are in another document."""
+    known = {f"--{flag.name}" for flag in FLAGS} | {f"--{name}" for name in OTHER_JOBS}
+    return (
+        action
+        for action in command._actions
+        if action.dest != "help" and not known.intersection(action.option_strings)
+    )
 
 
 def _names(action: argparse.Action) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import ebpfproxy
+from ebpfproxy.cli import kube_proxy_flags
 from ebpfproxy.dataplane import modes
 
 if TYPE_CHECKING:
@@ -227,7 +228,11 @@ def _verbs(commands: _Commands) -> None:
         help="directory of .yaml, .yml and .json files",
     )
     _path(run, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration (kube-proxy's own file)")
-    run.add_argument("--node-name", metavar="NAME", help="name of this Node (default: the host's name)")
+    run.add_argument(
+        *("--node-name", "--hostname-override"),
+        metavar="NAME",
+        help="name of this Node (default: the host's name)",
+    )
     run.add_argument(
         "--mode",
         choices=(modes.AUTO, *modes.names()),
@@ -273,6 +278,8 @@ def _verbs(commands: _Commands) -> None:
         metavar="NAME=ENTRIES",
         help="limit of a BPF map; may be repeated (`ebpfproxy maps` lists them)",
     )
+    run.usage = "%(prog)s FLAG..."  # they are too many to be listed at every mistake
+    kube_proxy_flags.add(run)
 
     validate = commands.add(
         "validate",

@@ -32,4 +32,5 @@ def options(arguments: argparse.Namespace) -> agent.Options:
         log_format=arguments.log_format or "",
         healthz_bind_address=arguments.healthz_bind_address,
         metrics_bind_address=arguments.metrics_bind_address,
+        fields=arguments.fields,
     )

@@ -271,11 +271,11 @@ def test_metrics(net: Topology, agent: Agent) -> None:
             assert found == entries[name]
         assert value("ebpfproxy_mode_info", mode="bpf", loader="libbpf") == 1
         assert value("ebpfproxy_problems") == 0
-        assert value("kubeproxy_sync_proxy_rules_duration_seconds_count") >= 1
+        assert value("kubeproxy_sync_proxy_rules_duration_seconds_count", ip_family="IPv6") >= 1
         assert value("kubeproxy_sync_proxy_rules_service_changes_total") == 1
         assert value("kubeproxy_sync_proxy_rules_endpoint_changes_total") == 1
-        synced = "kubeproxy_sync_proxy_rules_last_timestamp_seconds"
-        assert value(synced) >= value("kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds") > 0
+        synced, queued = (f"kubeproxy_sync_proxy_rules_last_{each}timestamp_seconds" for each in ("", "queued_"))
+        assert value(synced, ip_family="IPv4") >= value(queued, ip_family="IPv4") > 0
         mode = get(net.on_node_bare, f"{METRICS}/proxyMode")
         assert mode
         assert (mode.status, mode.body) == (200, "bpf")

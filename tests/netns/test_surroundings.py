@@ -257,3 +257,21 @@ def test_services_of_two_agents_do_not_mix(nothing_left: None) -> None:
         ):
             assert set(first.tcp(known.WEB[0], 80, 3)) == {"first"}
             assert set(second.tcp(known.WEB[0], 80, 3)) == {"second"}
+
+
+def test_local_traffic_is_known_by_the_devices_it_comes_through(net: Topology) -> None:
+    """Mode InterfaceNamePrefix: pods behind such devices are inside, those that come later, too."""
+    local = {"detectLocalMode": "InterfaceNamePrefix", "detectLocal": {"interfaceNamePrefix": "pod"}}
+    agent = Agent(net, config=known.CONFIG | local)
+    # No endpoint is on this node: traffic from outside is dropped, that of pods goes anywhere.
+    agent.write(
+        service("far", known.HTTP, ips=known.WEB, externalIPs=known.EXTERNAL, externalTrafficPolicy="Local"),
+        *known.slices("far", net.pods[:1], known.TO_HTTP, nodes=["node-2"]),
+    )
+    with agent, Probe(net.pods[3].place) as inside, Probe(net.from_outside) as outside:
+        for address in known.EXTERNAL:
+            assert names(inside, address) == {"pod1"}
+            assert names(outside, address, timeout_s=1) == set()
+        with Probe(net.add_pod().place) as late:
+            for address in known.EXTERNAL:
+                eventually(partial(is_served_by, late, address, 80, {"pod1"}), "the new pod to be inside")

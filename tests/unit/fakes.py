@@ -146,6 +146,7 @@ class FakeNetwork:
         self._found = list(addresses)
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.reads = 0
+        self.behind: dict[tuple[str, ...], frozenset[str]] = {}  # patterns of devices -> prefixes
 
     def set(self, *addresses: str) -> None:
         """Change the addresses."""
@@ -167,6 +168,10 @@ class FakeNetwork:
         """Return the addresses."""
         self.reads += 1
         return [Address(each, 6 if ":" in each else 4, 1, True, False) for each in self._found]
+
+    def prefixes_behind(self, patterns: Sequence[str]) -> frozenset[str]:
+        """Return what a test put behind devices."""
+        return self.behind.get(tuple(patterns), frozenset())
 
     def close(self) -> None:
         """Release it."""

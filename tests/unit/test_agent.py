@@ -20,7 +20,7 @@ from ebpfproxy.agent import Agent, Options, Place, local_sources
 from ebpfproxy.config import Config
 from ebpfproxy.dataplane.bpf.mode import lock_pins
 from ebpfproxy.errors import ConfigError, DataplaneError, KernelError, MapFullError, SourceError
-from ebpfproxy.model.objects import Node, NodeSpec, ObjectKey, Taint
+from ebpfproxy.model.objects import Node, NodeAddress, NodeSpec, NodeStatus, ObjectKey, Taint
 from ebpfproxy.model.objects import ObjectMeta as Meta
 from ebpfproxy.model.services import DesiredState, Scheduler
 from ebpfproxy.runner import Limits
@@ -301,7 +301,8 @@ def test_health_is_told_how_long_a_change_waits(running: Callable[..., Running])
     assert len(waited) == 1, "the clock starts with the first failure and runs until the success"
     assert it.servers.snapshots[0].facts.synced == 0
     assert it.servers.snapshots[-1].facts.synced > 0
-    assert sum(it.servers.snapshots[-1].facts.syncs.counts) == 4
+    facts = it.servers.snapshots[-1].facts
+    assert sum((facts.full_syncs + facts.partial_syncs).counts) == 4
 
 
 def test_ports_that_can_not_be_bound_are_a_problem(running: Callable[..., Running]) -> None:
@@ -503,14 +504,46 @@ def test_everything_is_looked_at_again_now_and_then(running: Callable[..., Runni
         ("ClusterCIDR", (), ("10.1.0.0/24",), set()),
         ("NodeCIDR", ("10.0.0.0/8",), ("10.1.0.0/24",), {"10.1.0.0/24"}),
         ("NodeCIDR", ("10.0.0.0/8",), None, set()),
-        ("BridgeInterface", ("10.0.0.0/8",), ("10.1.0.0/24",), {"10.0.0.0/8"}),
     ],
 )
 def test_local_sources(
     mode: str, cluster: tuple[str, ...], pods: tuple[str, ...] | None, expected: set[str]
 ) -> None:
     node = None if pods is None else Node(spec=NodeSpec(pod_cidrs=pods))
-    assert local_sources(Config(detect_local_mode=mode, cluster_cidrs=cluster), node) == expected
+    settings = Config(detect_local_mode=mode, cluster_cidrs=cluster)
+    assert local_sources(settings, node, FakeNetwork()) == expected
+
+
+def test_local_sources_behind_devices_follow_the_routes(running: Callable[..., Running]) -> None:
+    it = running(detect_local_mode="BridgeInterface", local_devices=("br0",), cluster_cidrs=("10.0.0.0/8",))
+    it.network.behind = {("br0",): frozenset({"10.1.0.0/24"})}
+    it.start()
+    it.source.put(Set(service("a", 1), "a.yaml"), Synced("objects"))
+    it.serves(a=1)
+    assert it.dataplane.states[-1].local_sources == {"10.1.0.0/24"}
+    assert it.dataplane.states[-1].masquerades_outside
+    it.network.behind = {("br0",): frozenset({"10.2.0.0/24"})}
+    it.network.set("192.0.2.1")
+    until(lambda: it.dataplane.states[-1].local_sources == {"10.2.0.0/24"})
+
+
+def test_bind_address_is_the_primary_address(running: Callable[..., Running]) -> None:
+    it = running(node_port_addresses=("primary",), bind_address="192.0.2.7")
+    it.network.set("192.0.2.1", "192.0.2.7", "2001:db8::1")
+    it.start()
+    node = Node(Meta(name="node-1"), status=NodeStatus(addresses=(NodeAddress("InternalIP", "2001:db8::1"),)))
+    it.source.put(Set(service("a", 1), "a.yaml"), Set(node, "n.yaml"), Synced("objects"))
+    it.serves(a=1)
+    until(lambda: it.dataplane.states[-1].addresses.serving == {"192.0.2.7", "2001:db8::1"})
+
+
+def test_oom_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(agent, "_OOM_SCORE", tmp_path / "oom_score_adj")
+    agent._set_oom_score(-997)
+    assert (tmp_path / "oom_score_adj").read_text() == "-997"
+    monkeypatch.setattr(agent, "_OOM_SCORE", tmp_path / "none" / "oom_score_adj")
+    agent._set_oom_score(1)
+    assert "set oomScoreAdj to 1: No such file" in caplog.text
 
 
 # --- reload ------------------------------------------------------------------------------------------

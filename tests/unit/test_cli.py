@@ -141,6 +141,7 @@ def test_run_flags_reach_the_agent() -> None:
         "log_format": "json",
         "healthz_bind_address": "10.0.0.1:1",
         "metrics_bind_address": "[::1]:2",
+        "fields": {},
     }
 
 

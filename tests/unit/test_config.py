@@ -159,6 +159,17 @@ def test_not_a_duration(text: str) -> None:
         ({"nodePortAddresses": ["localhost"]}, {"node_port_addresses": ("127.0.0.0/8", "::1/128")}),
         ({"nodePortAddresses": ["all"]}, {"node_port_addresses": ("0.0.0.0/0", "::/0")}),
         ({"detectLocalMode": "NodeCIDR"}, {"detect_local_mode": "NodeCIDR"}),
+        (
+            {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}},
+            {"detect_local_mode": "BridgeInterface", "local_devices": ("br0",)},
+        ),
+        (
+            {"detectLocalMode": "InterfaceNamePrefix", "detectLocal": {"interfaceNamePrefix": "cali"}},
+            {"detect_local_mode": "InterfaceNamePrefix", "local_devices": ("cali*",)},
+        ),
+        ({"bindAddress": "192.0.2.1"}, {"bind_address": "192.0.2.1"}),
+        ({"oomScoreAdj": -997}, {"oom_score_adj": -997}),
+        ({"featureGates": {"ServiceTrafficDistribution": True}}, {}),
         ({"ipvs": {"scheduler": "wrr"}}, {"scheduler": Scheduler.WRR}),
         ({"ipvs": {"scheduler": "mh"}}, {"scheduler": Scheduler.MAGLEV}),
         (
@@ -228,20 +239,23 @@ def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metric
     [
         ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
         ({"iptables": {"masqueradeBit": 15}}, ("iptables.masqueradeBit",)),
-        ({"featureGates": {"SomeGate": True}}, ("featureGates",)),
-        ({"metricsBindAddress": "0.0.0.0:10249", "bindAddress": "::"}, ()),
-        ({"bindAddress": "192.0.2.1"}, ("bindAddress",)),
-        ({"metricsBindAddress": "127.0.0.1:10249", "oomScoreAdj": -999}, ()),  # as it is by default
         (
-            {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "br0"}},
-            (
-                "detectLocal.bridgeInterface",
-                "detectLocalMode: BridgeInterface (use ClusterCIDR or NodeCIDR)",
-            ),
+            {"featureGates": {"SomeGate": True, "Other": False}},
+            ("featureGates.Other", "featureGates.SomeGate"),
+        ),
+        (
+            {"featureGates": {"TopologyAwareHints": True, "NFTablesProxyMode": False}},
+            ("featureGates.NFTablesProxyMode: false (it is always on here)",),
+        ),
+        ({"metricsBindAddress": "0.0.0.0:10249", "bindAddress": "::"}, ()),
+        ({"metricsBindAddress": "127.0.0.1:10249"}, ()),  # as it is by default
+        (
+            {"detectLocalMode": "ClusterCIDR", "detectLocal": {"bridgeInterface": "br0"}},
+            ("detectLocal.bridgeInterface (detectLocalMode is not BridgeInterface)",),
         ),
         (
             {"conntrack": {"min": 5, "tcpBeLiberal": True}, "winkernel": {"enableDSR": True}},
-            ("winkernel.enableDSR", "conntrack.min", "conntrack.tcpBeLiberal"),
+            ("winkernel.enableDSR", "conntrack.min"),
         ),
         ({"logging": {"options": {"json": {"splitStream": True}}}}, ("logging.options",)),
     ],
@@ -276,6 +290,9 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ),
         ({"ipvs": {"scheduler": "best"}}, "ipvs.scheduler: 'best' is none of"),
         ({"detectLocalMode": "clustercidr"}, "detectLocalMode: 'clustercidr' is none of"),
+        ({"detectLocalMode": "BridgeInterface"}, "detectLocal.bridgeInterface: detectLocalMode .* needs it"),
+        ({"bindAddress": "eth0"}, "bindAddress: 'eth0' is not an IP address"),
+        ({"oomScoreAdj": 1001}, "oomScoreAdj: 1001"),
         ({"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}, "iptables.minSyncPeriod: .*longer"),
         ({"iptables": {"syncPeriod": "-1s"}}, "iptables.syncPeriod: must be greater than 0"),
         ({"healthzBindAddress": ":10256"}, "healthzBindAddress: ':10256' is not an address and port"),
@@ -313,3 +330,19 @@ def test_wrong_files_are_errors(tmp_path: Path, text: str, message: str) -> None
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"read configuration .*No such file"):
         config.load(tmp_path / "none.yaml")
+
+
+def test_flags_are_laid_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.conf"
+    path.write_text(KUBEADM)
+    flags = {"ipvs.scheduler": "wrr", "clusterCIDR": "10.1.0.0/16", "featureGates": {"A": True}}
+    loaded = config.load(path, flags)
+    assert (loaded.scheduler, loaded.cluster_cidrs) == (Scheduler.WRR, ("10.1.0.0/16",))
+    assert loaded.unused == ("clientConnection.kubeconfig", "featureGates.A")
+    without = config.load(None, flags)
+    assert (without.scheduler, without.unused) == (Scheduler.WRR, ("featureGates.A",))
+
+
+def test_feature_gates_of_file_and_flags_are_merged() -> None:
+    laid = config.overlay({"featureGates": {"A": True, "B": True}}, {"featureGates": {"B": False}})
+    assert laid == {"featureGates": {"A": True, "B": False}}

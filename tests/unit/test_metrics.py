@@ -11,8 +11,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ebpfproxy import metrics
-from ebpfproxy.metrics import METRICS, Counts, Facts, Reading, Scrape, ServiceCount
-from ebpfproxy.model.objects import EndpointSlice, ObjectKey, ObjectMeta, Service
+from ebpfproxy.metrics import FAMILIES, METRICS, Counts, Facts, Reading, RuleCounts, Scrape, ServiceCount
+from ebpfproxy.model.objects import (
+    EndpointAddress,
+    Endpoints,
+    EndpointSlice,
+    EndpointSubset,
+    ObjectKey,
+    ObjectMeta,
+    Service,
+)
 from ebpfproxy.model.services import Backend, DesiredState, Policy
 from fake_maps import cluster_ip, load_balancer, service
 
@@ -60,10 +68,21 @@ def test_durations_have_kube_proxys_buckets() -> None:
     found = samples(Scrape(facts(counts)))
     name = "kubeproxy_sync_proxy_rules_duration_seconds"
     edges = "0.001 0.002 0.004 0.008 0.016 0.032 0.064 0.128 0.256 0.512 1.024 2.048 4.096 8.192 16.384 +Inf"
-    values = [found[f"{name}_bucket", (edge,)] for edge in edges.split()]
-    assert values == [1, *[2] * 8, *[3] * 6, 4]
-    assert found[f"{name}_count", ()] == 4
-    assert found[f"{name}_sum", ()] == pytest.approx(20.5021)
+    for family in FAMILIES:
+        values = [found[f"{name}_bucket", (family, edge)] for edge in edges.split()]
+        assert values == [1, *[2] * 8, *[3] * 6, 4]
+        assert found[f"{name}_count", (family,)] == 4
+        assert found[f"{name}_sum", (family,)] == pytest.approx(20.5021)
+
+
+def test_full_and_partial_syncs_are_told_apart() -> None:
+    counts = Counts(START)
+    counts.sync(4.0, START, is_done=True)
+    for _ in range(3):
+        counts.sync(0.01, START, is_done=True, is_full=False)
+    found = samples(Scrape(facts(counts)))
+    name = "kubeproxy_sync_{}proxy_rules_duration_seconds_count"
+    assert [found[name.format(kind), ("IPv6",)] for kind in ("", "full_", "partial_")] == [4, 1, 3]
 
 
 def test_a_failed_sync_is_not_the_last_one() -> None:
@@ -71,14 +90,15 @@ def test_a_failed_sync_is_not_the_last_one() -> None:
     counts.sync(0.1, START + 5, is_done=True)
     counts.sync(0.1, START + 9, is_done=False)
     found = samples(Scrape(facts(counts)))
-    assert found["kubeproxy_sync_proxy_rules_last_timestamp_seconds", ()] == START + 5
-    assert found["kubeproxy_sync_proxy_rules_duration_seconds_count", ()] == 2
+    assert found["kubeproxy_sync_proxy_rules_last_timestamp_seconds", ("IPv4",)] == START + 5
+    assert found["kubeproxy_sync_proxy_rules_duration_seconds_count", ("IPv4",)] == 2
 
 
 def test_network_programming_is_timed_from_the_first_change_to_the_sync() -> None:
     def slice_of(stamp: str) -> EndpointSlice:
         annotations = {"endpoints.kubernetes.io/last-change-trigger-time": stamp}
-        return EndpointSlice(ObjectMeta(name="a", namespace="default", annotations=annotations))
+        meta = ObjectMeta(name="a", namespace="default", annotations=annotations)
+        return EndpointSlice(meta, address_type="IPv6")
 
     counts = Counts(START)
     key, gone = ObjectKey("EndpointSlice", "default", "a"), ObjectKey("EndpointSlice", "default", "b")
@@ -86,17 +106,27 @@ def test_network_programming_is_timed_from_the_first_change_to_the_sync() -> Non
         counts.changed([key, gone], {key: slice_of(stamp)})
     name = "kubeproxy_network_programming_duration_seconds"
     counts.sync(0.1, START + 2, is_done=False)
-    assert samples(Scrape(facts(counts)))[f"{name}_count", ()] == 0
+    assert samples(Scrape(facts(counts)))[f"{name}_count", ("IPv6",)] == 0
     counts.sync(0.1, START + 3.5, is_done=True)
     counts.sync(0.1, START + 9, is_done=True)  # nothing new: not timed again
     found = samples(Scrape(facts(counts)))
-    assert (found[f"{name}_count", ()], found[f"{name}_sum", ()]) == (1, 2.5)
-    assert (found[f"{name}_bucket", ("2",)], found[f"{name}_bucket", ("3",)]) == (0, 1)
+    assert (found[f"{name}_count", ("IPv6",)], found[f"{name}_sum", ("IPv6",)]) == (1, 2.5)
+    assert (found[f"{name}_bucket", ("IPv6", "2")], found[f"{name}_bucket", ("IPv6", "3")]) == (0, 1)
+    assert found[f"{name}_count", ("IPv4",)] == 0
+
+
+def test_by_hand_endpoints_are_of_the_family_of_their_addresses() -> None:
+    annotations = {"endpoints.kubernetes.io/last-change-trigger-time": "2023-11-14T22:13:21Z"}
+    subsets = (EndpointSubset(addresses=(EndpointAddress(ip="fd00::1"),)),)
+    counts, key = Counts(START), ObjectKey("Endpoints", "default", "a")
+    counts.changed([key], {key: Endpoints(ObjectMeta(annotations=annotations), subsets)})
+    counts.sync(0.1, START + 2, is_done=True)
+    assert counts._programming["IPv6"].freeze().sum == 1
 
 
 def test_network_programming_has_kube_proxys_buckets() -> None:
     """0.25, 0.5; 1 to 59; 60 to 115 by 5; 120 to 300 by 30, as kube-proxy merges them."""
-    bounds = Counts(START)._programming.freeze().bounds
+    bounds = Counts(START)._programming["IPv4"].freeze().bounds
     assert len(bounds) == 2 + 59 + 12 + 7
     assert bounds[:4] == (0.25, 0.5, 1, 2)
     assert bounds[59:63] == (58, 59, 60, 65)
@@ -111,6 +141,74 @@ def test_changes_are_counted_by_kind() -> None:
     found = samples(Scrape(facts(counts)))
     assert found["kubeproxy_sync_proxy_rules_service_changes_total", ()] == 2
     assert found["kubeproxy_sync_proxy_rules_endpoint_changes_total", ()] == 2
+
+
+def test_changes_are_pending_until_a_sync_is_done() -> None:
+    counts = Counts(START)
+    keys = [ObjectKey(kind, "default", "a") for kind in ("Service", "EndpointSlice", "Endpoints", "Node")]
+
+    def pending(*waiting: ObjectKey) -> tuple[int, int]:
+        frozen = counts.freeze(problems=0, version="", mode="", loader="", waiting=waiting)
+        return frozen.services_pending, frozen.endpoints_pending
+
+    assert pending(*keys) == (1, 2)
+    counts.changed(keys, {})
+    counts.sync(0.1, START, is_done=False)
+    assert pending(keys[0]) == (1, 2), "an object is counted once"
+    counts.sync(0.1, START, is_done=True)
+    assert pending() == (0, 0)
+
+
+def test_what_dataplanes_of_rules_count() -> None:
+    rules = RuleCounts(
+        iptables_total={("IPv4", "nat"): 12},
+        restore_failures={("IPv6",): 2},
+        nftables_sync_failures={("IPv4",): 1},
+    )
+    found = samples(Scrape(Counts(START).freeze(problems=0, version="", mode="", loader="", rules=rules)))
+    assert found["kubeproxy_sync_proxy_rules_iptables_total", ("IPv4", "nat")] == 12
+    assert found["kubeproxy_sync_proxy_rules_iptables_restore_failures_total", ("IPv6",)] == 2
+    assert found["kubeproxy_sync_proxy_rules_nftables_sync_failures_total", ("IPv4",)] == 1
+
+
+# Kubernetes' metrics reference, 1.35: everything of kube-proxy's on Linux. Labels as they are there.
+PUBLISHED = """
+kubeproxy_conntrack_reconciler_deleted_entries_total                counter    ip_family
+kubeproxy_conntrack_reconciler_sync_duration_seconds                histogram  ip_family
+kubeproxy_iptables_ct_state_invalid_dropped_packets_total           custom
+kubeproxy_iptables_localhost_nodeports_accepted_packets_total       custom
+kubeproxy_network_programming_duration_seconds                      histogram  ip_family
+kubeproxy_proxy_healthz_total                                       counter    code
+kubeproxy_proxy_livez_total                                         counter    code
+kubeproxy_sync_full_proxy_rules_duration_seconds                    histogram  ip_family
+kubeproxy_sync_partial_proxy_rules_duration_seconds                 histogram  ip_family
+kubeproxy_sync_proxy_rules_duration_seconds                         histogram  ip_family
+kubeproxy_sync_proxy_rules_endpoint_changes_pending                 gauge
+kubeproxy_sync_proxy_rules_endpoint_changes_total                   counter
+kubeproxy_sync_proxy_rules_iptables_last                            gauge      ip_family,table
+kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total  counter    ip_family
+kubeproxy_sync_proxy_rules_iptables_restore_failures_total          counter    ip_family
+kubeproxy_sync_proxy_rules_iptables_total                           gauge      ip_family,table
+kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds            gauge      ip_family
+kubeproxy_sync_proxy_rules_last_timestamp_seconds                   gauge      ip_family
+kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total          counter    ip_family
+kubeproxy_sync_proxy_rules_nftables_sync_failures_total             counter    ip_family
+kubeproxy_sync_proxy_rules_no_local_endpoints_total                 gauge      ip_family,traffic_policy
+kubeproxy_sync_proxy_rules_service_changes_pending                  gauge
+kubeproxy_sync_proxy_rules_service_changes_total                    counter
+"""
+
+
+def test_kube_proxys_metrics_are_here_or_named_as_missing() -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    missing = set(re.findall(r"^\| `(kubeproxy_\w+)` \| not here: ", text, re.MULTILINE))
+    published = {
+        name: (kind, labels) for name, kind, labels in re.findall(r"(\w+) +(\w+) *(.*)\n", PUBLISHED)
+    }
+    ours = {each.name: (each.type, ",".join(each.labels)) for each in METRICS if "kubeproxy_" in each.name}
+    assert len(published) == 23
+    assert ours | {name: published[name] for name in missing} == published
+    assert not ours.keys() & missing
 
 
 HERE, THERE = Backend("10.0.0.1", 80, is_local=True), Backend("10.0.0.2", 80)
