@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rig import kernel, leaks
+from rig.cluster import CLIENT_IPS, Cluster
 from rig.probe import Load, Probe
 from rig.process import Place
 from rig.servers import dns_server, iperf3_server, name_servers
@@ -146,3 +147,52 @@ def test_topology_is_removed_when_its_making_fails(
     with pytest.raises(LookupError), Topology():
         pass
     assert leaks.find() == before
+
+
+# --- the cluster, with plain connections and no agent
+
+
+@pytest.fixture(scope="module")
+def cluster(nothing_left: None) -> Iterator[Cluster]:
+    with (
+        Cluster(node_count=2, pods_per_node=1, mtus={"node-2": 1400}) as made,
+        name_servers(((name, pod.place) for name, pod in made.pods.items()), 8080),
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+@pytest.mark.parametrize("origin", ["client", "node-1", "pod11"])
+def test_every_place_reaches_the_pods_of_another_node(cluster: Cluster, origin: str, family: int) -> None:
+    pod = cluster.pods["pod21"]
+    own = {"client": CLIENT_IPS, "node-1": cluster.nodes[0].ips, "pod11": cluster.pods["pod11"].ips}
+    with Probe(cluster.place(origin)) as probe:
+        assert probe.answers(pod.ips[family], 8080) == [f"pod21 {own[origin][family]}"]
+        assert probe.udp(pod.ips[family], 8080, 3) == {"pod21": 3}
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_what_a_link_of_the_cluster_does_not_carry_is_answered(cluster: Cluster, family: int) -> None:
+    """RFC 1191 and RFC 8201: the sender learns the size, and the next packet is as small."""
+    payload = 1400 - (28, 48)[family]  # IP and UDP headers
+    with (
+        Probe(cluster.place("client")) as probe,
+        probe.socket(socket.SOCK_DGRAM, (socket.AF_INET, socket.AF_INET6)[family]) as client,
+    ):
+        client.connect(cluster.pods["pod21"].ips[family], 8080)
+        level, option = ((socket.IPPROTO_IP, 10), (socket.IPPROTO_IPV6, 23))[family]  # ..._MTU_DISCOVER
+        client.setsockopt(level, option, 2)  # ..._PMTUDISC_DO: never in fragments
+        client.send(bytes(payload + 1))
+        with pytest.raises(OSError, match="Message too long"):
+            client.recv()
+        client.send(bytes(1000))
+        assert client.recv().startswith(b"pod21 ")
+        with pytest.raises(OSError, match="Message too long"):
+            client.send(bytes(payload + 1))
+
+
+def test_vips_of_a_cluster_go_where_they_are_routed(cluster: Cluster) -> None:
+    for node in reversed(cluster.nodes):
+        cluster.route_vips(node)
+        for vip in ("203.0.113.9", "2001:db8:f::9"):
+            assert f"dev {node.node_name} " in cluster.router.shell(f"ip route get {vip}")

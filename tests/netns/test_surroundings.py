@@ -242,10 +242,10 @@ def test_services_of_two_agents_do_not_mix(nothing_left: None) -> None:
 
     with Topology(pod_count=1) as one, Topology(pod_count=1) as two:
         agents = [Agent(net, config=known.CONFIG) for net in (one, two)]
-        for agent in agents:
+        for agent, net in zip(agents, (one, two), strict=True):
             agent.write(
                 service("web", known.HTTP, ips=known.WEB),
-                *known.slices("web", agent.net.pods, known.TO_HTTP),
+                *known.slices("web", net.pods, known.TO_HTTP),
             )
         with (
             name_servers([("first", one.pods[0].place)], 8080),

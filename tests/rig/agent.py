@@ -7,10 +7,9 @@ import signal
 import socket
 import sys
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from rig.names import unique
-from rig.topology import NODE_NAME
 from rig.wait import eventually
 
 if TYPE_CHECKING:
@@ -19,10 +18,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rig.objects import Object
-    from rig.process import Process
-    from rig.topology import Topology
+    from rig.process import Place, Process
 
 START_S = 60  # BCC compiles at start, on a machine that may be busy
+
+
+class Home(Protocol):
+    """Where an agent can run: the node of a topology, or one of a cluster's."""
+
+    @property
+    def node_name(self) -> str:
+        """The name of its Node."""
+
+    @property
+    def directory(self) -> Path:
+        """Where files may be made."""
+
+    @property
+    def cgroup(self) -> Path:
+        """Whose sockets are load-balanced."""
+
+    @property
+    def bpffs(self) -> Path:
+        """A BPF file system of its own."""
+
+    @property
+    def on_node_bare(self) -> Place:
+        """The node, outside of the cgroup whose sockets are load-balanced."""
 
 
 class Agent:
@@ -42,7 +64,7 @@ class Agent:
 
     def __init__(
         self,
-        net: Topology,
+        net: Home,
         *,
         mode: str = "bpf",
         loader: str = "libbpf",
@@ -104,7 +126,7 @@ class Agent:
         self._notify.bind(str(self._notify_path))
         flags: dict[str, str | Path] = {
             "--manifests": self.manifests,
-            "--node-name": NODE_NAME,
+            "--node-name": self.net.node_name,
             "--cgroup": self.net.cgroup,
             "--bpffs": self.net.bpffs,
             "--state-dir": self.state_dir,

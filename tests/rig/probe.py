@@ -40,6 +40,9 @@ class RemoteSocket:
     def listen(self) -> None:
         self._call("listen")
 
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
+        self._call("setsockopt", level, option, value)
+
     def settimeout(self, seconds: float) -> None:
         self._call("settimeout", seconds)
 
@@ -197,8 +200,21 @@ class Probe:
         bind: tuple[str, int] | None = None,
     ) -> collections.Counter[str]:
         """Ask with ``count`` datagrams, each from a new socket; return how often each name answered."""
-        answers = self.call("udp", address, port, count, connect, bind)
+        answers = self.udp_answers(address, port, count, connect=connect, bind=bind)
         return collections.Counter(answer.split(" ")[0] for answer in answers)
+
+    def udp_answers(
+        self,
+        address: str,
+        port: int,
+        count: int = 1,
+        *,
+        connect: bool = False,
+        bind: tuple[str, int] | None = None,
+    ) -> list[str]:
+        """As :meth:`udp`; return the answers in order, each "NAME CLIENT-ADDRESS"."""
+        answers: list[str] = self.call("udp", address, port, count, connect, bind)
+        return answers
 
     @contextlib.contextmanager
     def load(

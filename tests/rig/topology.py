@@ -37,14 +37,16 @@ class Pod:
     name: str
     number: int
     netns: Netns
+    node: int = 0  # number of its node, where there are several
 
     @property
     def v4(self) -> str:
-        return f"10.244.0.{10 + self.number}"
+        return f"10.244.{self.node}.{10 + self.number}"
 
     @property
     def v6(self) -> str:
-        return f"fd00:244::{10 + self.number}"
+        subnet = f":{self.node}" if self.node else ""
+        return f"fd00:244{subnet}::{10 + self.number}"
 
     @property
     def ips(self) -> tuple[str, str]:
@@ -84,6 +86,10 @@ class Topology:
 
     def __exit__(self, *_: object) -> None:
         self._made.close()
+
+    @property
+    def node_name(self) -> str:
+        return NODE_NAME
 
     @property
     def on_node(self) -> Place:
