@@ -274,7 +274,9 @@ def test_metrics(net: Topology, agent: Agent) -> None:
         assert value("kubeproxy_sync_proxy_rules_duration_seconds_count", ip_family="IPv6") >= 1
         assert value("kubeproxy_sync_proxy_rules_service_changes_total") == 1
         assert value("kubeproxy_sync_proxy_rules_endpoint_changes_total") == 1
-        synced, queued = (f"kubeproxy_sync_proxy_rules_last_{each}timestamp_seconds" for each in ("", "queued_"))
+        synced, queued = (
+            f"kubeproxy_sync_proxy_rules_last_{each}timestamp_seconds" for each in ("", "queued_")
+        )
         assert value(synced, ip_family="IPv4") >= value(queued, ip_family="IPv4") > 0
         mode = get(net.on_node_bare, f"{METRICS}/proxyMode")
         assert mode

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ebpfproxy import sockdiag
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
 from rig.servers import dns_server
+from rig.wait import eventually
 
 from . import catalogue as known
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rig.objects import Object
+    from rig.probe import RemoteSocket
     from rig.process import Place
     from rig.topology import Topology
 
@@ -101,6 +105,36 @@ def test_next_query_goes_elsewhere_when_the_backend_goes(
         agent.write(web, *known.slices("web", [pods[other]], known.TO_UDP))
         agent.wait_backends("default/web:udp", {pods[other].ips[family]})
         assert ask() == other
+
+
+@pytest.mark.skipif(sockdiag.why_not() is not None, reason="this kernel ends no sockets for others")
+@pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])
+@pytest.mark.parametrize("origin", ["node", "pod-in-cgroup"])
+def test_connected_socket_ends_with_its_backend(net: Topology, agent: Agent, origin: str, kind: str) -> None:
+    """The process is told (ECONNABORTED) and connects anew; sockets to other backends notice nothing."""
+    vip = {"v4": known.WEB[0], "v6": known.WEB[1], "mapped": f"::ffff:{known.WEB[0]}"}[kind]
+    family = socket.AF_INET if kind == "v4" else socket.AF_INET6
+    pods = {pod.name: pod for pod in net.pods[:2]}
+    web = service("web", known.UDP, ips=known.WEB)
+    agent.write(web, *known.slices("web", pods.values(), known.TO_UDP))
+
+    def ask(client: RemoteSocket) -> str:
+        client.send(b"?")
+        return client.recv().split(b" ")[0].decode()
+
+    with agent, Probe(place_of(net, origin)) as probe, ExitStack() as stack:
+        by_name: dict[str, RemoteSocket] = {}
+        while len(by_name) < 2:
+            client = stack.enter_context(probe.socket(socket.SOCK_DGRAM, family))
+            client.connect(vip, 80)
+            by_name[ask(client)] = client
+        agent.write(web, *known.slices("web", [pods["pod2"]], known.TO_UDP))
+        with pytest.raises(ConnectionAbortedError):
+            by_name["pod1"].recv()
+        assert ask(by_name["pod2"]) == "pod2"
+        by_name["pod1"].connect(vip, 80)
+        assert ask(by_name["pod1"]) == "pod2"
+        eventually(lambda: "closed 1 UDP sockets" in agent.output(), "the agent to say it")
 
 
 @pytest.mark.parametrize("origin", ["pod", "outside"])

@@ -43,6 +43,10 @@ class RemoteSocket:
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         self._call("setsockopt", level, option, value)
 
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        value: bytes = self._call("getsockopt", level, option, size)
+        return value
+
     def settimeout(self, seconds: float) -> None:
         self._call("settimeout", seconds)
 

@@ -188,6 +188,18 @@ def test_idle_unconnected_sockets_expire_and_connected_ones_do_not() -> None:
     assert {SOCKET_KEY.read(key).cookie for key in rig.maps["sockets"].entries} == {3, 4}
 
 
+def test_connected_udp_sockets_of_a_gone_backend_are_named() -> None:
+    rig = Rig()
+    rig.add_socket(lib.SOCKET_CONNECTED, backend=1, cookie=5)
+    rig.add_socket(lib.SOCKET_CONNECTED, backend=2, cookie=6)
+    rig.add_socket(lib.SOCKET_TO_VIP, backend=1, cookie=7)
+    key = SOCKET_KEY.pack(8, VIP, pack_port(80), TCP, lib.SOCKET_CONNECTED)
+    value = SOCKET_FLOW.pack(VIP, BACKEND, pack_port(80), pack_port(8080), 1, 1, NOW_S * 10**9)
+    rig.maps["sockets"].entries[key] = value  # a TCP client notices by itself
+    assert rig.collect(gone={1}).stranded == {5: (BACKEND, pack_port(8080))}
+    assert rig.collect().stranded == {}
+
+
 def test_affinity_expires_after_the_services_own_time() -> None:
     rig = Rig()
     for service, age_s, backend in ((1, 50, 1), (1, 70, 1), (2, 70, 1), (3, 1, 1), (2, 1, 9)):

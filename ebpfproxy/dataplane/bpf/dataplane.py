@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebpfproxy import netlink
+from ebpfproxy import netlink, sockdiag
 from ebpfproxy.dataplane.bpf import plan
 from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
 from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL, usable
@@ -200,10 +200,26 @@ class BpfDataplane:
     def _collect(self, tables: Tables, collector: Collector, now_s: float) -> None:
         tables.collect(now_s)
         unused = collector.step(tables.gone, tables.retired_vips, tables.affinity_s, now_s)
-        if unused is not None and (unused.backends or unused.vips):
+        if unused is None:
+            return
+        self._close_stranded(unused.stranded)
+        if unused.backends or unused.vips:
             tables.release_backends(unused.backends)
             tables.release_vips(unused.vips)
             self._apply(tables)
+
+    def _close_stranded(self, stranded: Mapping[int, sockdiag.Peer]) -> None:
+        """End the connected UDP sockets whose backend is gone; their processes connect anew."""
+        if not stranded:
+            return
+        try:
+            where = sockdiag.namespaces(self.options.cgroup)
+            ended = sockdiag.close_udp(stranded, where.values())
+        except KernelError as error:
+            log.warning("%s; their processes notice nothing until they connect anew", error)
+        else:
+            if ended:  # one that its process keeps is found at every pass
+                log.info("closed %d UDP sockets whose backend is gone", ended)
 
     @contextlib.contextmanager
     def _forget_on_error(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpfproxy import host
+from ebpfproxy import host, sockdiag
 from ebpfproxy.dataplane.bpf.attach import CGROUP_PROGRAMS, INITIAL_NETNS, NO_NETNS, netns_cookie
 from ebpfproxy.errors import EbpfproxyError
 from ebpfproxy.libbpf import Map, MapDefinition, lib, probes
@@ -64,6 +64,7 @@ def privileges() -> str | None:
 def probe() -> list[Feature]:
     """Return every feature that matters, required ones first."""
     problem = privileges()
+    not_closing = sockdiag.why_not()
     features = [
         _feature("bpf() system call", problem is None, "", "everything", found="allowed")
         if problem is None
@@ -116,6 +117,13 @@ def probe() -> list[Feature]:
             "NodePorts do not answer on 127.0.0.1 and ::1"
             if netns_cookie() == NO_NETNS
             else "the agent is in the machine's own: NodePorts do answer there",
+        ),
+        _feature(
+            "SOCK_DESTROY",
+            not_closing is None,
+            "4.9",
+            "ending connected UDP sockets whose backend is gone",
+            f"they go on sending to nobody: {not_closing}",
         ),
         _feature(
             "kernel BTF",

@@ -26,6 +26,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     FlowKey,
 )
 from ebpfproxy.libbpf import Map, lib
+from ebpfproxy.sockdiag import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -79,10 +80,11 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Unused:
-    """What nothing refers to any more, after a whole pass."""
+    """What nothing refers to any more, after a whole pass, and who refers to what is gone."""
 
     backends: set[int]
     vips: set[bytes]
+    stranded: dict[int, Peer] = field(default_factory=dict)  # connected UDP sockets by cookie
 
 
 @dataclass
@@ -95,6 +97,7 @@ class _Pass:
     affinity_s: Mapping[int, int]
     work: Iterator[None]
     open: Counter[int] = field(default_factory=Counter)
+    stranded: dict[int, tuple[int, Peer]] = field(default_factory=dict)  # cookie -> backend id, peer
 
 
 def is_closed(state: int) -> bool:
@@ -172,7 +175,8 @@ class Collector:
                 return None
         self._pass = None
         self._recount(current.open)
-        return Unused(current.gone, current.vips)
+        stranded = {cookie: peer for cookie, (backend, peer) in current.stranded.items() if backend in gone}
+        return Unused(current.gone, current.vips, stranded)
 
     def _walk(self, current: _Pass) -> Iterator[None]:
         """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
@@ -209,6 +213,8 @@ class Collector:
             is_idle = now_ns - flow.last_used_ns > self._timeouts.udp_idle_s * _NS
             if is_idle or (socket_key.kind == lib.SOCKET_TO_VIP and flow.backend in current.dead):
                 return True
+        elif socket_key.proto == IPPROTO_UDP and flow.backend in current.dead:
+            current.stranded[socket_key.cookie] = flow.backend, Peer(flow.backend_addr, flow.backend_port)
         current.gone.discard(flow.backend)
         if socket_key.kind != lib.SOCKET_FROM_BACKEND:
             current.open[flow.backend] += 1
