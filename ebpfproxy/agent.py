@@ -72,6 +72,7 @@ class Options(msgspec.Struct, frozen=True):
     state_dir: Path = STATE_DIR
     bpffs: Path | None = None
     map_sizes: dict[str, int] = {}
+    listen: tuple[str, ...] = ()
     once: bool = False
     log_format: str = ""  # text | json
     healthz_bind_address: str | None = None  # "" = off
@@ -87,6 +88,7 @@ class Options(msgspec.Struct, frozen=True):
             hostname_override=self.node_name or file.hostname_override,
             devices=self.devices or file.devices,
             map_sizes=file.map_sizes | self.map_sizes,
+            listen_addresses=config.parse_listen("--listen", self.listen) or file.listen_addresses,
             log_format=self.log_format or file.log_format,
             healthz_bind=file.healthz_bind
             if self.healthz_bind_address is None
@@ -107,6 +109,7 @@ _FIXED = {
     "oom_score_adj": "oomScoreAdj",
     "devices": "ebpfproxy.devices",
     "map_sizes": "ebpfproxy.mapSizes",
+    "listen_addresses": "ebpfproxy.userspace.listenAddresses",
     "service_node_port_range": "ebpfproxy.serviceNodePortRange",
     "service_cluster_ip_ranges": "ebpfproxy.serviceClusterIPRange",
     "load_balancer_pools": "ebpfproxy.loadBalancerPools",

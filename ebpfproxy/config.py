@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,10 @@ class _DetectLocal(_Schema, frozen=True):
     interface_name_prefix: str = ""
 
 
+class _Userspace(_Schema, frozen=True):
+    listen_addresses: list[str] = []
+
+
 class _Extras(_Schema, frozen=True):
     """Key ``ebpfproxy``: what kube-proxy's file has no word for."""
 
@@ -137,6 +141,7 @@ class _Extras(_Schema, frozen=True):
     load_balancer_pools: list[str] = []
     udp_idle: Duration = Duration(0)
     maglev_table_size: int = MAGLEV_SIZE
+    userspace: _Userspace = _Userspace()
 
 
 class _File(_Schema, frozen=True):
@@ -200,6 +205,7 @@ class Config(msgspec.Struct, frozen=True):
     service_node_port_range: tuple[int, int] = (30000, 32767)  # both inclusive
     load_balancer_pools: tuple[str, ...] = ()  # prefixes, or first-last; checked where they are used
     map_sizes: dict[str, int] = {}
+    listen_addresses: tuple[str, ...] = ()  # of mode userspace, canonical; () = rules lead VIPs to it
     log_format: str = "text"  # text | json
     log_debug: bool = False
     healthz_bind: tuple[str, int] | None = ("", HEALTHZ_PORT)  # host "" = all, of both families; None = off
@@ -400,6 +406,9 @@ def _config(file: _File) -> Config:
         ),
         load_balancer_pools=tuple(extras.load_balancer_pools),
         map_sizes=dict(extras.map_sizes),
+        listen_addresses=parse_listen(
+            "ebpfproxy.userspace.listenAddresses", extras.userspace.listen_addresses
+        ),
         log_format=file.logging.format or "text",
         log_debug=file.logging.verbosity >= _DEBUG_VERBOSITY,
         healthz_bind=parse_bind(
@@ -571,6 +580,26 @@ def parse_bind(field: str, text: str, default_port: int) -> tuple[str, int] | No
             f"[::1]:{default_port}: {error}"
         ) from error
     return "" if address in _EVERY_ADDRESS else address, port
+
+
+def parse_listen(field: str, values: Iterable[str]) -> tuple[str, ...]:
+    """Return addresses to listen on in canonical form, each once.
+
+    Raises:
+        ConfigError: one is no address of its own; the message names ``field``.
+    """
+    found = []
+    for value in values:
+        try:
+            address = ipaddress.ip_address(value)
+            if address.is_unspecified or address.is_multicast:
+                raise ValueError("name each address")
+        except ValueError as error:
+            raise ConfigError(
+                f"{field}: {value!r} is not an address of this machine such as 192.0.2.1: {error}"
+            ) from error
+        found.append(str(address))
+    return tuple(dict.fromkeys(found))
 
 
 def _node_port_addresses(values: list[str]) -> tuple[str, ...]:

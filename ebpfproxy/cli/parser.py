@@ -256,6 +256,13 @@ def _verbs(commands: _Commands) -> None:
         metavar="A,B",
         help="network devices, or patterns, whose packets are load-balanced (default: all that can be)",
     )
+    run.add_argument(
+        "--listen",
+        type=names,
+        metavar="IP,IP",
+        help="mode userspace: serve Services' ports on these addresses; needs no privileges, and rules lead "
+        "nothing else there",
+    )
     _state_dir(run)
     _bpffs(run)
     run.add_argument(

@@ -28,6 +28,7 @@ def options(arguments: argparse.Namespace) -> agent.Options:
         state_dir=arguments.state_dir,
         bpffs=arguments.bpffs,
         map_sizes=dict(arguments.map_size),
+        listen=arguments.listen or (),
         once=arguments.once,
         log_format=arguments.log_format or "",
         healthz_bind_address=arguments.healthz_bind_address,
