@@ -163,6 +163,24 @@ def _address(entry: Any) -> Address:
     )
 
 
+def addresses_of(name: str) -> frozenset[str]:
+    """Return the addresses of the device with this name, none if there is no such device."""
+    with _iproute(f"list addresses of {name}") as route:
+        numbers = route.link_lookup(ifname=name)
+        return frozenset(
+            _address(each).address for number in numbers for each in route.get_addr(index=number)
+        )
+
+
+def remove_device(name: str) -> bool:
+    """Remove the device with this name; return whether there was one."""
+    with _iproute(f"remove device {name}") as route:
+        numbers = route.link_lookup(ifname=name)
+        for number in numbers:
+            route.link("del", index=number)
+        return bool(numbers)
+
+
 def prefixes_behind(patterns: Sequence[str]) -> frozenset[str]:
     """Return the prefixes that the main routing table reaches through devices with one of these names.
 

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy import agent, files, status
 from ebpfproxy.cli.exit_codes import ExitCode
-from ebpfproxy.dataplane import chosen, modes
+from ebpfproxy.dataplane import chosen, kube_proxy, modes
 from ebpfproxy.dataplane.modes import Site
+from ebpfproxy.errors import EbpfproxyError
 from ebpfproxy.source import lastgood
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
+
+# Modes whose chains, sets and device have kube-proxy's names.
+_SAME_NAMES = frozenset(("iptables", "ipvs"))
 
 
 def run(arguments: argparse.Namespace) -> ExitCode:
@@ -22,7 +26,10 @@ def run(arguments: argparse.Namespace) -> ExitCode:
 
     Raises:
         LockedError: an agent is at work.
+        EbpfproxyError: something could not be removed; the message says what.
     """
+    if arguments.kube_proxy:
+        return _kube_proxy(arguments.state_dir, now=arguments.now)
     site = Site(arguments.state_dir, bpffs=arguments.bpffs)
     recorded = chosen.read_record(arguments.state_dir)
     removed = []
@@ -30,10 +37,27 @@ def run(arguments: argparse.Namespace) -> ExitCode:
         _lock(stack, arguments.state_dir / agent.LOCK_FILE, "state directory")
         for name in modes.names():
             removed += chosen.cleanup(name, site, "" if arguments.bpffs else recorded.get(name, ""))
+        removed += kube_proxy.remove_keeper()
         removed += _remove_state(arguments.state_dir)
     for line in removed:
         print(f"removed {line}")
     if not removed:
+        print("there was nothing to remove")
+    return ExitCode.OK
+
+
+def _kube_proxy(state_dir: Path, *, now: bool) -> ExitCode:
+    """Remove what kube-proxy left; an agent may be at work, but not in a mode that has the same names."""
+    said = status.read(state_dir)
+    if said and said.mode in _SAME_NAMES and said.state != "stopped":
+        raise EbpfproxyError(
+            f"remove what kube-proxy left: the agent runs in mode {said.mode} and has taken over the chains "
+            "of those names; ebpfproxy cleanup removes them once it has ended"
+        )
+    done = kube_proxy.cleanup(now=now)
+    for line in done:
+        print(line)
+    if not done:
         print("there was nothing to remove")
     return ExitCode.OK
 

@@ -311,6 +311,17 @@ def _verbs(commands: _Commands) -> None:
         "Remove everything that ebpfproxy ever made on this machine: links, filters, pinned maps and the "
         "state directory. Services stop working. Needs no agent, touches nothing of others, may be repeated.",
     )
+    cleanup.add_argument(
+        "--kube-proxy",
+        action="store_true",
+        help="remove what kube-proxy left instead: KUBE-* chains, IPVS, its nftables tables; the agent may "
+        "run meanwhile (docs/takeover.md)",
+    )
+    cleanup.add_argument(
+        "--now",
+        action="store_true",
+        help="with --kube-proxy: also end the connections that go through kube-proxy's IPVS",
+    )
     _bpffs(cleanup)
     _state_dir(cleanup)
 
