@@ -18,6 +18,22 @@ class SourceError(EbpfproxyError):
     """A source can't deliver objects at all (the directory is missing, say)."""
 
 
+class ApiError(SourceError):
+    """A Kubernetes API server refused a request, or did not answer it.
+
+    Attributes:
+        status: of HTTP; 0 = there was no answer.
+        reason: in the server's word ("Expired"), "" if it gave none.
+        retry_after_s: how long it asks to be left alone.
+    """
+
+    def __init__(self, message: str, status: int = 0, reason: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
 class DataplaneError(EbpfproxyError):
     """A dataplane programmed nothing or only a part; syncing again is safe."""
 

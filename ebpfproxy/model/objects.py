@@ -469,6 +469,39 @@ def decode(document: Any) -> Object | None:
     return _canonical(obj)
 
 
+class _Decoders(dict[type[Struct], msgspec.json.Decoder[Any]]):
+    """One for each type, made when it is first needed."""
+
+    def __missing__(self, cls: type[Struct]) -> msgspec.json.Decoder[Any]:
+        self[cls] = decoder = msgspec.json.Decoder(cls)
+        return decoder
+
+
+_decoders = _Decoders()
+
+
+def decode_served(data: bytes | msgspec.Raw, cls: type[_T]) -> tuple[_T | None, list[tuple[str, str]]]:
+    """Return the object of a known kind in an API server's JSON, and what of it can't be used and why.
+
+    Its rules were checked there, see ``admission``; None: nothing of it can be used.
+
+    Raises:
+        InvalidObject: it does not have the shape of its kind.
+    """
+    from ebpfproxy.model.admission import admit  # it needs the types above
+
+    try:
+        obj: _T = _decoders[cls].decode(data)
+    except msgspec.ValidationError:  # null where there could be nothing, mostly
+        document = msgspec.json.decode(data)
+        if not isinstance(document, dict):
+            raise InvalidObject(cls.__name__, "", "", [("", "must be an object")]) from None
+        identity = _identity({**document, "kind": cls.__name__})
+        obj = _convert(document, cls, identity)
+    usable, errors = admit(_with_namespace(obj))
+    return (None if usable is None else _canonical(usable)), errors  # type: ignore[return-value]
+
+
 def _identity(document: dict[Any, Any]) -> tuple[str, str, str]:
     """Return kind, namespace and name as far as they can be known."""
     metadata = document.get("metadata")
@@ -486,18 +519,19 @@ def _convert(document: dict[str, Any], cls: type[_T], identity: tuple[str, str, 
     except msgspec.ValidationError:
         pass
     try:
-        return msgspec.convert(_without_nulls(document), cls)
+        return msgspec.convert(without_nulls(document), cls)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         message = re.sub("`", "", message)
         raise InvalidObject(*identity, [(path.rstrip("`").lstrip("."), f"Invalid type: {message}")]) from None
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """Return a document without its keys whose value is null: to Kubernetes' decoder they are not set."""
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
+        return [without_nulls(each) for each in value]
     return value
 
 

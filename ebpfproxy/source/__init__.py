@@ -18,7 +18,17 @@ class Reported(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
 
 
-SourceEvent: TypeAlias = Event | Reported
+class Reach(msgspec.Struct, frozen=True):
+    """Whether a source still hears of every change at once.
+
+    Attributes:
+        lost_at: Unix time since when it does not; None: it does.
+    """
+
+    lost_at: float | None
+
+
+SourceEvent: TypeAlias = Event | Reported | Reach
 
 
 class Source(Protocol):

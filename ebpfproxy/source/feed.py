@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ebpfproxy import log
 from ebpfproxy.errors import EbpfproxyError
 from ebpfproxy.runner import Limits
-from ebpfproxy.source import Reported, Source, SourceEvent
+from ebpfproxy.source import Reach, Reported, Source, SourceEvent
 from ebpfproxy.store import Store, Synced
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Feed:
         self.failures = 0  # in a row, since a source was complete
         self._death = ""  # why the last source stopped, until the next one is complete
         self._reported: tuple[str, ...] = ()
+        self.reach: Reach | None = None  # None: the source does not tell
         self._make = make
         self._alarm = alarm
         self._restart_at: float | None = None
@@ -115,6 +116,9 @@ class Feed:
     def _apply(self, event: SourceEvent) -> None:
         if isinstance(event, Reported):
             self._reported = event.problems
+            return
+        if isinstance(event, Reach):
+            self.reach = event
             return
         self._filling.apply(event)
         if isinstance(event, Synced):

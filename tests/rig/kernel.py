@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NETNS_DIRECTORY = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
 
 
 def is_since(*version: int) -> bool:
@@ -128,3 +130,14 @@ def new_netns(label: str = "") -> Iterator[Netns]:
         yield netns
     finally:
         HERE.run("ip", "netns", "delete", netns.name)
+
+
+def enter(netns: Path) -> None:
+    """Move this thread into a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(netns, os.O_RDONLY)
+    try:
+        if libc.setns(fd, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"enter {netns}")
+    finally:
+        os.close(fd)
