@@ -27,7 +27,7 @@ from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
 from ebpfproxy.model.objects import Node, ObjectKey
 from ebpfproxy.model.services import DesiredState, NodePortAddresses
-from ebpfproxy.resolve.allocate import AllocationOptions, Allocator
+from ebpfproxy.resolve.allocate import AllocationOptions, Allocator, GivenByServer
 from ebpfproxy.resolve.resolver import ResolveOptions, Resolver, node_context
 from ebpfproxy.source.feed import Feed
 from ebpfproxy.systemd import Notifier
@@ -62,7 +62,10 @@ _RELOAD_S = 15.0  # a reload counts as done after this, whatever the source does
 class Options(msgspec.Struct, frozen=True):
     """The flags of ``ebpfproxy run``; what is empty comes from the configuration file or is found."""
 
-    manifests: Path
+    manifests: Path | None = None  # None = an API server's objects
+    kubeconfig: Path | None = None
+    master: str = ""
+    kube_api_server: tuple[str, ...] = ()
     config: Path | None = None
     node_name: str = ""
     mode: str = ""  # auto, or one of ebpfproxy.dataplane.modes
@@ -81,11 +84,17 @@ class Options(msgspec.Struct, frozen=True):
 
     def apply(self, file: Config) -> Config:
         """Return the configuration with these flags over it."""
+        if self.manifests is not None and (self.kubeconfig or self.master or self.kube_api_server):
+            raise ConfigError(
+                "Services come from a directory or from an API server, not from both: leave out --manifests, "
+                "or --kubeconfig, --master and --kube-api-server"
+            )
         return msgspec.structs.replace(
             file,
             mode=self.mode or file.mode,
             loader=self.loader or file.loader,
             hostname_override=self.node_name or file.hostname_override,
+            kubeconfig=self.kubeconfig or file.kubeconfig,
             devices=self.devices or file.devices,
             map_sizes=file.map_sizes | self.map_sizes,
             listen_addresses=config.parse_listen("--listen", self.listen) or file.listen_addresses,
@@ -105,6 +114,7 @@ _FIXED = {
     "loader": "ebpfproxy.loader",
     "device_attachment": "ebpfproxy.deviceAttachment",
     "hostname_override": "hostnameOverride",
+    "kubeconfig": "clientConnection.kubeconfig",
     "local_devices": "detectLocal",
     "oom_score_adj": "oomScoreAdj",
     "devices": "ebpfproxy.devices",
@@ -152,8 +162,9 @@ class HostNetwork(netlink.Watch):
 class Place(NamedTuple):
     """Where an agent works; for the status file."""
 
-    manifests: str
+    manifests: str  # "" = an API server's objects
     state_dir: Path
+    server: str = ""
 
 
 def local_sources(settings: Config, node: Node | None, network: Network) -> frozenset[str]:
@@ -267,7 +278,7 @@ class Agent:
         poller = select.poll()
         poller.register(self._alarm, select.POLLIN)
         poller.register(self._network.fileno(), select.POLLIN)
-        self._notifier.status("reading manifests")
+        self._notifier.status(f"reading {self._place.manifests or self._place.server}")
         try:
             while not self._must_stop:
                 self._step()
@@ -394,14 +405,17 @@ class Agent:
 
     def _forget_resolution(self) -> None:
         """Start from nothing: what is remembered can't be trusted after an unexpected error."""
-        self._allocator = Allocator(
-            AllocationOptions(
-                self.settings.service_cluster_ip_ranges,
-                self.settings.service_node_port_range,
-                self.settings.load_balancer_pools,
-            ),
-            self._saved_ledger,
-        )
+        if not self._place.manifests:
+            self._allocator: Allocator | GivenByServer = GivenByServer(self._saved_ledger)
+        else:
+            self._allocator = Allocator(
+                AllocationOptions(
+                    self.settings.service_cluster_ip_ranges,
+                    self.settings.service_node_port_range,
+                    self.settings.load_balancer_pools,
+                ),
+                self._saved_ledger,
+            )
         self._resolver = Resolver()
         self._must_compare = True
 
@@ -496,6 +510,7 @@ class Agent:
                 must_bind=settings.must_bind,
                 hosts=("",) if is_everywhere or state is None else tuple(sorted(state.addresses.serving)),
                 state=state,
+                reach=self._feed.reach,
                 is_node_eligible=self._is_node_eligible,
                 late_after_s=2 * settings.max_sync_s,  # kube-proxy's
                 seen=time.monotonic(),
@@ -582,6 +597,7 @@ class Agent:
             mode=getattr(self._dataplane, "mode", ""),
             passed_over=tuple(map(str, getattr(self._dataplane, "passed_over", ()))),
             manifests=self._place.manifests,
+            server=self._place.server,
             cgroup=str(getattr(site, "cgroup", None) or ""),
             bpffs=str(getattr(site, "bpffs", None) or ""),
             started=self._started,
@@ -674,9 +690,15 @@ def _settings(options: Options) -> Config:
 def _run(options: Options, settings: Config) -> int:
     from ebpfproxy.dataplane.chosen import ChosenDataplane
     from ebpfproxy.dataplane.modes import Site
-    from ebpfproxy.source.directory import DirectorySource
-    from ebpfproxy.source.lastgood import directory_of
+    from ebpfproxy.kubeapi.access import Flags
+    from ebpfproxy.source.choice import choose
 
+    origin = choose(
+        options.manifests,
+        Flags(settings.kubeconfig, options.master, options.kube_api_server),
+        host.node_name(settings.hostname_override),
+        options.state_dir,
+    )
     with ExitStack() as stack:
         stack.callback(_lock_state_dir(options.state_dir).close)
         dataplane = ChosenDataplane(settings, Site(options.state_dir, options.cgroup, options.bpffs))
@@ -685,8 +707,8 @@ def _run(options: Options, settings: Config) -> int:
         stack.callback(network.close)
         agent = Agent(
             settings,
-            Place(str(options.manifests), options.state_dir),
-            lambda: DirectorySource(options.manifests, directory_of(options.state_dir)),
+            Place(origin.manifests, options.state_dir, origin.server),
+            origin.make,
             network,
             dataplane,
             Notifier(),

@@ -183,6 +183,7 @@ class Config(msgspec.Struct, frozen=True):
     loader: str = "auto"  # auto | libbpf | bcc
     device_attachment: str = "auto"  # auto | tcx | clsact
     hostname_override: str = ""
+    kubeconfig: Path | None = None
     devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
     cluster_cidrs: tuple[str, ...] = ()  # canonical, at most one of each family
     node_port_addresses: tuple[str, ...] = ()  # canonical CIDRs and "primary"; () = all
@@ -222,6 +223,7 @@ _USED = frozenset(
         "apiVersion",
         "kind",
         "hostnameOverride",
+        "clientConnection.kubeconfig",
         "mode",
         "iptables.masqueradeAll",
         "nftables.masqueradeAll",
@@ -377,6 +379,7 @@ def _config(file: _File) -> Config:
         loader=extras.loader or defaults.loader,
         device_attachment=extras.device_attachment or defaults.device_attachment,
         hostname_override=file.hostname_override.strip().lower(),
+        kubeconfig=Path(file.client_connection.kubeconfig) if file.client_connection.kubeconfig else None,
         devices=tuple(extras.devices),
         cluster_cidrs=parse_cidr_pair("clusterCIDR", file.cluster_cidr),
         node_port_addresses=_node_port_addresses(file.node_port_addresses),

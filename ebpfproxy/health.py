@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Mapping
 
+    from ebpfproxy.store import Reach
+
 _log = log.get(__name__)
 
 _RETRY_S = 5.0  # after a port could not be bound; kube-proxy's number
@@ -68,6 +70,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     must_bind: bool = False  # an agent that can't bind one of these two shall end
     hosts: tuple[str, ...] = ("",)  # where healthCheckNodePorts are
     state: DesiredState | None = None  # as it was last programmed
+    reach: Reach | None = None  # of an API server; None: Services come from files
     is_node_eligible: bool = True  # not being deleted
     late_after_s: float = 60.0
     seen: float = 0.0  # when the agent's loop came round, monotonic
@@ -169,6 +172,12 @@ def agent_response(snapshot: Snapshot, now: float, wall: float, *, with_node: bo
     if synced:
         family = {"lastUpdated": _rfc3339(synced), "healthy": is_healthy}
         body["status"] = {"IPv4": family, "IPv6": family}
+    if snapshot.reach is not None:  # ours: how old the state is, while the server is away
+        lost_at = snapshot.reach.lost_at
+        body["source"] = {
+            "lastUpdated": _rfc3339(wall if lost_at is None else lost_at),
+            "connected": lost_at is None,
+        }
     return Response(200 if is_fine else 503, json.dumps(body, separators=(",", ":")).encode())
 
 
@@ -372,7 +381,10 @@ class Health:
             _log.debug("metrics without those of the dataplane: %s", error)
             reading = metrics.Reading()
         snapshot = self._snapshot
-        return metrics.render(metrics.Scrape(snapshot.facts, snapshot.state, reading, dict(self._answers)))
+        lost_at = snapshot.reach.lost_at if snapshot.reach else None
+        return metrics.render(
+            metrics.Scrape(snapshot.facts, snapshot.state, reading, dict(self._answers), lost_at or 0.0)
+        )
 
 
 def _listening(snapshot: Snapshot) -> tuple[object, ...]:

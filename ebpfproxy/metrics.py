@@ -238,6 +238,7 @@ class Scrape(msgspec.Struct, frozen=True):
     state: DesiredState | None = None  # as it was last programmed
     reading: Reading = Reading()
     answers: dict[tuple[str, int], int] = {}  # path, code -> how often
+    source_lost_at: float = 0.0  # Unix time
 
 
 # The labels' values -> value, a distribution of a histogram.
@@ -432,6 +433,13 @@ METRICS = (
         "Always 1, for each mode that `--mode auto` could not use.",
         ("mode", "reason"),
         lambda s: dict.fromkeys(s.facts.passed_over, 1),
+    ),
+    Metric(
+        "ebpfproxy_source_lost_timestamp_seconds",
+        "gauge",
+        "Since when the API server can't be followed, Unix time; 0 while it can.",
+        (),
+        lambda s: {(): s.source_lost_at},
     ),
     Metric(
         "ebpfproxy_problems",

@@ -22,7 +22,7 @@ class Status(msgspec.Struct, frozen=True):
     state: str  # starting | running | failing | stopped
     node: str
     mode: str  # "" = none yet
-    manifests: str
+    manifests: str  # "" = Services come from an API server
     cgroup: str  # "" where the mode needs none
     bpffs: str  # "
     started: str  # RFC 3339, UTC; so are the times below
@@ -38,6 +38,7 @@ class Status(msgspec.Struct, frozen=True):
     problems: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     unused_settings: tuple[str, ...] = ()
+    server: str = ""  # URL of the API server
 
 
 def write(state_dir: Path, status: Status) -> None:

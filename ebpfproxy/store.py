@@ -36,6 +36,16 @@ class Synced(msgspec.Struct, frozen=True):
 Event: TypeAlias = Set | Delete | Synced
 
 
+class Reach(msgspec.Struct, frozen=True):
+    """Whether a source still hears of every change at once.
+
+    Attributes:
+        lost_at: Unix time since when it does not; None: it does.
+    """
+
+    lost_at: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What ``Store.take`` hands over.

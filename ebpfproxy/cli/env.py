@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     """Print the variables; exit status 3 if the namespace has none."""
     said = status.read(arguments.state_dir)
     directory = arguments.manifests or (said and said.manifests)
+    if said and said.server and not directory:
+        raise NothingError(f"the agent's Services come from {said.server}: ask there, or give --manifests")
     if not directory:
         raise NothingError(f"no agent has run with state directory {arguments.state_dir}: give --manifests")
     objects = allocated(

@@ -215,17 +215,31 @@ def _verbs(commands: _Commands) -> None:
         "run",
         _lazily("run"),
         "run the agent",
-        "Run the agent: make the kernel serve the Services in a directory of Kubernetes manifests, and "
-        "follow its changes. SIGTERM ends the agent and leaves the Services working; SIGHUP reads everything "
-        "again.",
+        "Run the agent: make the kernel serve the Services in a directory of manifests, or those of "
+        "an API server, and follow their changes. SIGTERM ends the agent and leaves the Services working; "
+        "SIGHUP reads everything again.",
     )
     _path(
         run,
         "--manifests",
         kind=_DIRECTORY,
         metavar="DIR",
-        required=True,
-        help="directory of .yaml, .yml and .json files",
+        help="Services come from this directory of .yaml, .yml and .json files",
+    )
+    _path(
+        run,
+        "--kubeconfig",
+        kind=_FILE,
+        metavar="FILE",
+        help="Services come from the API server of this file's current context (default: in a pod, from that "
+        "of its service account)",
+    )
+    run.add_argument("--master", metavar="URL", help="the API server, whatever the kubeconfig file says")
+    run.add_argument(
+        "--kube-api-server",
+        type=names,
+        metavar="URL,URL",
+        help="where the API server can be reached without a Service's VIP; the next when one does not answer",
     )
     _path(run, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration (kube-proxy's own file)")
     run.add_argument(

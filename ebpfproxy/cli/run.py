@@ -19,6 +19,9 @@ def options(arguments: argparse.Namespace) -> agent.Options:
     """Return what the flags ask for."""
     return agent.Options(
         manifests=arguments.manifests,
+        kubeconfig=arguments.kubeconfig,
+        master=arguments.master or "",
+        kube_api_server=arguments.kube_api_server or (),
         config=arguments.config,
         node_name=arguments.node_name or "",
         mode=arguments.mode or "",

@@ -61,7 +61,7 @@ def _lines(
             ("node", said.node),
             ("dataplane", _mode(said)),
             *_several("passed over", said.passed_over),
-            ("manifests", said.manifests),
+            ("manifests", said.manifests) if said.manifests else ("API server", said.server),
             *([("cgroup", said.cgroup)] if said.cgroup else ()),
             *([("bpffs", said.bpffs)] if said.bpffs else ()),
             *([("devices", ", ".join(said.devices) or "none")] if said.mode == "bpf" else ()),

@@ -22,6 +22,7 @@ from urllib3.exceptions import HTTPError, InsecureRequestWarning, LocationValueE
 import ebpfproxy
 from ebpfproxy.errors import ApiError, SourceError
 from ebpfproxy.kubeapi.credentials import Credentials
+from ebpfproxy.kubeapi.status import Details, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,24 +43,6 @@ _SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
 _FAILURES = (HTTPError, HTTPException, OSError)
-
-
-class _Details(msgspec.Struct, frozen=True, rename="camel"):
-    retry_after_seconds: int = 0
-
-
-class Status(msgspec.Struct, frozen=True):
-    """What an API server says when it does not do a thing: Status v1."""
-
-    message: str = ""
-    reason: str = ""
-    code: int = 0
-    details: _Details | None = None
-
-    def error(self, what: str) -> ApiError:
-        """Return it as an exception."""
-        wait_s = self.details.retry_after_seconds if self.details else 0
-        return ApiError(f"{what}: {self.message or self.reason}", self.code, self.reason, wait_s)
 
 
 class Client:
@@ -165,7 +148,7 @@ class Client:
             status = Status(message=body[:200].decode(errors="replace").strip())
         what = f"ask API server {self.server}{path}: HTTP {response.status}"
         wait = response.headers.get("Retry-After", "")
-        details = _Details(int(wait)) if wait.isdecimal() else status.details
+        details = Details(int(wait)) if wait.isdecimal() else status.details
         status = msgspec.structs.replace(
             status,
             code=response.status,
@@ -226,7 +209,7 @@ class Stream:
         """
         rest = b""
         try:
-            while data := self._response.read1(_CHUNK):  # type: ignore[attr-defined]  # of HTTPResponse
+            while data := self._response.read1(_CHUNK):
                 *lines, rest = (rest + data).split(b"\n")
                 if lines:
                     yield lines
@@ -240,7 +223,7 @@ class Stream:
         """End ``lines``, from any thread."""
         self._is_closed = True
         with suppress(*_FAILURES, ValueError, RuntimeError, AttributeError):
-            self._response.shutdown()  # type: ignore[attr-defined]  # of HTTPResponse
+            self._response.shutdown()
 
     def close(self) -> None:
         """Close the connection; for the thread that reads."""
@@ -307,9 +290,9 @@ def _proxy_of(server: str) -> str:
     """Return the HTTP proxy that the environment names for a server, "" for none."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return ""
-    from urllib.request import getproxies_environment, proxy_bypass_environment
+    from urllib.request import getproxies_environment, proxy_bypass
 
     url = urllib3.util.parse_url(server)
-    if proxy_bypass_environment(url.netloc or ""):
+    if proxy_bypass(url.netloc or ""):
         return ""
     return getproxies_environment().get(url.scheme or "", "")

@@ -7,7 +7,7 @@ Source: "Authenticating" in Kubernetes' documentation, and the reference of Exec
 from __future__ import annotations
 
 import base64
-import datetime as dt
+import datetime as dt  # noqa: TC003  # msgspec reads the annotation
 import json
 import os
 import subprocess

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
-from ebpfproxy.store import Event
+from ebpfproxy.store import Event, Reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,16 +16,6 @@ class Reported(msgspec.Struct, frozen=True):
     """All that is wrong with what a source reads, as it is now; () when nothing is."""
 
     problems: tuple[str, ...]
-
-
-class Reach(msgspec.Struct, frozen=True):
-    """Whether a source still hears of every change at once.
-
-    Attributes:
-        lost_at: Unix time since when it does not; None: it does.
-    """
-
-    lost_at: float | None
 
 
 SourceEvent: TypeAlias = Event | Reported | Reach

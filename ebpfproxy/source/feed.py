@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ebpfproxy import log
 from ebpfproxy.errors import EbpfproxyError
 from ebpfproxy.runner import Limits
-from ebpfproxy.source import Reach, Reported, Source, SourceEvent
-from ebpfproxy.store import Store, Synced
+from ebpfproxy.source import Reported, Source, SourceEvent
+from ebpfproxy.store import Reach, Store, Synced
 
 if TYPE_CHECKING:
     from collections.abc import Callable

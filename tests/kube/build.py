@@ -144,7 +144,7 @@ def _build(work: Path) -> None:
         "--report-filename": work / "violations",
         "--output-base": work / "gopath/src",
     }
-    _run([generator, *(part for pair in generate.items() for part in pair)], tree, environment)
+    _run([generator, *(f"{flag}={value}" for flag, value in generate.items())], tree, environment)
     result = work / "result"
     result.mkdir()
     _run([*compile_, result / "kube-apiserver", "./cmd/kube-apiserver"], tree, environment)

@@ -60,7 +60,9 @@ class Cluster:
         self._binaries, self._place, self.address = binaries, place, address
         self.authority = Authority()
         self.directory = temporary_directory("cluster")
-        self._server = self.authority.issue("kube-apiserver", f"IP:{address}", "IP:127.0.0.1", "DNS:kubernetes")
+        self._server = self.authority.issue(
+            "kube-apiserver", f"IP:{address}", "IP:127.0.0.1", "DNS:kubernetes"
+        )
         self._admin = self.authority.issue("admin", organization="system:masters")
         self._etcd: Process | None = None
         self._apiserver: Process | None = None
@@ -93,7 +95,7 @@ class Cluster:
                 "--client-ca-file": self.authority.certificate,
                 "--authorization-mode": "RBAC",
                 "--service-account-issuer": "https://kubernetes.default.svc",
-                "--service-account-key-file": self.authority.key,
+                "--service-account-key-file": self.authority.certificate,
                 "--service-account-signing-key-file": self.authority.key,
                 "--service-cluster-ip-range": SERVICE_RANGE,
                 "--feature-gates": "IPv6DualStack=true",

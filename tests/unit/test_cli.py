@@ -120,7 +120,8 @@ def test_map_size_refuses(text: str) -> None:
 
 def test_run_flags_reach_the_agent() -> None:
     line = (
-        "run --manifests /m --config /c.yaml --node-name n1 --mode bpf --loader bcc --cgroup /cg "
+        "run --manifests /m --kubeconfig /k --master https://m:1 --kube-api-server https://a,https://b "
+        "--config /c.yaml --node-name n1 --mode bpf --loader bcc --cgroup /cg "
         "--devices eth0,cali* --state-dir /s --bpffs /b --once --log-format json "
         "--map-size conntrack=9 --map-size affinity=7 --listen 192.0.2.1,2001:db8::1 "
         "--healthz-bind-address 10.0.0.1:1 --metrics-bind-address [::1]:2"
@@ -128,6 +129,9 @@ def test_run_flags_reach_the_agent() -> None:
     given = options(parser.build().parse_args(line.split()))
     assert msgspec.to_builtins(given, enc_hook=str) == {
         "manifests": "/m",
+        "kubeconfig": "/k",
+        "master": "https://m:1",
+        "kube_api_server": ("https://a", "https://b"),
         "config": "/c.yaml",
         "node_name": "n1",
         "mode": "bpf",

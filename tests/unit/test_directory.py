@@ -16,7 +16,7 @@ from ebpfproxy.errors import SourceError
 from ebpfproxy.model.objects import Object, ObjectKey, Service
 from ebpfproxy.source import Reported, SourceEvent, directory, manifests
 from ebpfproxy.source.directory import DirectorySource
-from ebpfproxy.store import Delete, Set, Store, Synced
+from ebpfproxy.store import Delete, Reach, Set, Store, Synced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ class Watch:
                 self.events.append(event)
                 if isinstance(event, Reported):
                     self.problems = event.problems
-                else:
+                elif not isinstance(event, Reach):
                     self.store.apply(event)
 
     @property

@@ -11,13 +11,13 @@ import threading
 from typing import TYPE_CHECKING
 
 from ebpfproxy import log
-from ebpfproxy.source import Reach, Reported, SourceEvent
+from ebpfproxy.source import Reported, SourceEvent
 from ebpfproxy.source.kubernetes import wire
 from ebpfproxy.source.kubernetes.reflector import Reflector
-from ebpfproxy.store import Synced
+from ebpfproxy.store import Reach, Synced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ebpfproxy.kubeapi.client import Client
     from ebpfproxy.store import Event
@@ -33,22 +33,18 @@ class KubernetesSource:
     """Delivers the objects of an API server.
 
     Args:
-        client: speaks with it.
+        connect: returns what speaks with it; called in the source's own thread, as it takes a while.
         node_name: whose Node object is wanted.
     """
 
-    def __init__(self, client: Client, node_name: str) -> None:
-        self._client = client
+    def __init__(self, connect: Callable[[], Client], node_name: str) -> None:
+        self._connect = connect
         selected = {"labelSelector": SELECTOR}
         self._reflectors = (
-            Reflector(client, (wire.SERVICES,), selected, self),
-            Reflector(client, wire.ENDPOINTS, selected, self),
-            Reflector(client, (wire.NODES,), {"fieldSelector": f"metadata.name={node_name}"}, self),
+            Reflector((wire.SERVICES,), selected, self),
+            Reflector(wire.ENDPOINTS, selected, self),
+            Reflector((wire.NODES,), {"fieldSelector": f"metadata.name={node_name}"}, self),
         )
-        self._threads = [
-            threading.Thread(target=self._run, args=(each,), name="watch", daemon=True)
-            for each in self._reflectors
-        ]
         self._lock = threading.Lock()
         self._incomplete = set(self._reflectors)  # those that have not listed everything yet
         self._told: tuple[tuple[str, ...], float | None] = ((), 0.0)
@@ -58,7 +54,12 @@ class KubernetesSource:
 
     def batches(self) -> Iterator[tuple[SourceEvent, ...]]:
         """Yield what changed; ``Synced`` follows when every kind was listed."""
-        for thread in self._threads:
+        client = self._connect()
+        threads = [
+            threading.Thread(target=self._run, args=(each, client), name="watch", daemon=True)
+            for each in self._reflectors
+        ]
+        for thread in threads:
             thread.start()
         try:
             while (batch := self._queue.get()) is not None:
@@ -67,9 +68,9 @@ class KubernetesSource:
                 yield batch
         finally:
             self._stop()
-            for thread in self._threads:
+            for thread in threads:
                 thread.join(_CLOSE_S)
-            self._client.close()
+            client.close()
 
     def reread(self) -> None:
         """List everything again; ``Synced`` follows it."""
@@ -87,9 +88,9 @@ class KubernetesSource:
         for each in self._reflectors:
             each.close()
 
-    def _run(self, reflector: Reflector) -> None:
+    def _run(self, reflector: Reflector, client: Client) -> None:
         try:
-            reflector.run()
+            reflector.run(client)
         except Exception as error:
             self._queue.put(error)
 

@@ -54,7 +54,6 @@ class Reflector:
     """Keeps a listener in step with one kind of objects.
 
     Args:
-        client: speaks with the server.
         choices: where the objects may be; the next is tried when a server does not have the one before.
         query: selectors.
         listener: is told.
@@ -65,13 +64,10 @@ class Reflector:
         lost_at: Unix time since when it is not; None: it is.
     """
 
-    def __init__(
-        self, client: Client, choices: Sequence[Resource], query: Mapping[str, str], listener: Listener
-    ) -> None:
+    def __init__(self, choices: Sequence[Resource], query: Mapping[str, str], listener: Listener) -> None:
         self.problems: dict[ObjectKey, tuple[str, ...]] = {}
         self.failure = ""
         self.lost_at: float | None = time.time()
-        self._client = client
         self._choices = choices
         self._choice = 0
         self._query = dict(query)
@@ -106,8 +102,9 @@ class Reflector:
 
     # --- the loop
 
-    def run(self) -> None:
-        """Follow the server until ``close``."""
+    def run(self, client: Client) -> None:
+        """Follow the server that ``client`` speaks with, until ``close``."""
+        self._client = client
         while not self._is_closed:
             self._wake.clear()
             if self._must_list:
@@ -123,6 +120,10 @@ class Reflector:
     def resource(self) -> Resource:
         """What is followed now."""
         return self._choices[self._choice]
+
+    def _is_told(self) -> bool:
+        """Return whether somebody wants something else than to go on."""
+        return self._is_closed or self._must_list
 
     def _list(self) -> None:
         """Ask for everything, and tell how that differs from what was known."""
@@ -176,7 +177,7 @@ class Reflector:
         self._stream = stream
         started, is_idle = time.monotonic(), True
         try:
-            if self._is_closed or self._must_list:  # said before there was a stream to shut
+            if self._is_told():  # said before there was a stream to shut
                 return
             self._in_step(self.problems)
             for lines in stream.lines():
@@ -187,7 +188,7 @@ class Reflector:
             stream.close()
             if time.monotonic() - started >= _GOOD_S or not is_idle:
                 self._failures = 0
-        if is_idle and time.monotonic() - started < 1 and not (self._is_closed or self._must_list):
+        if is_idle and time.monotonic() - started < 1 and not self._is_told():
             raise ApiError(f"watch {self.resource.name} at {self._client.server}: it ended at once")
 
     def _apply(self, lines: list[bytes]) -> None:
@@ -230,7 +231,7 @@ class Reflector:
 
     def _failed(self, error: SourceError) -> None:
         """Decide how to go on after a failure, and wait before it."""
-        if self._is_closed or self._must_list:
+        if self._is_told():
             return
         status, reason = (error.status, error.reason) if isinstance(error, ApiError) else (0, "")
         wait_s = 0.0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.errors import ApiError, InvalidObject
-from ebpfproxy.kubeapi.client import Status
+from ebpfproxy.kubeapi.status import Status
 from ebpfproxy.model.objects import (
     Endpoints,
     EndpointSlice,
