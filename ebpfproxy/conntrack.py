@@ -1,7 +1,7 @@
 """The kernel's connection tracking: its UDP flows, and an end for those that lead to a backend that is gone.
 
-A TCP client notices that its backend is gone and connects anew. A UDP client that keeps its port goes on in the
-flow that conntrack remembers, into a black hole for as long as it keeps asking.
+A TCP client notices that its backend is gone and connects anew. A UDP client that keeps its port goes on in
+the flow that conntrack remembers, into a black hole for as long as it keeps asking.
 
 Source: linux/netfilter/nfnetlink_conntrack.h; SERVICES.md section 7 of the project's semantics.
 """

@@ -163,7 +163,7 @@ def test_flags_that_are_not_given_leave_the_configuration_file_alone() -> None:
     [
         [],
         ["nonsense"],
-        ["run"],
+        ["run", "--manifests"],
         ["run", "--manifests", "/m", "--mode", "kernelspace"],
         ["run", "--manifests", "/m", "--devices", "eth0,,eth1"],
         ["services", "-o", "xml"],
@@ -178,6 +178,23 @@ def test_wrong_usage_is_exit_status_2(arguments: list[str], capsys: pytest.Captu
         main(arguments)
     assert ended.value.code == ExitCode.USAGE
     assert capsys.readouterr().err.startswith("usage: ebpfproxy")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", "say where Services come from"),
+        ("--manifests /m --kubeconfig /k", "not from both"),
+        ("--manifests /m --master https://m", "not from both"),
+        ("--manifests /m --kube-api-server https://m", "not from both"),
+    ],
+)
+def test_one_source_has_to_be_named(
+    flags: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert main(["run", *flags.split(), "--state-dir", str(tmp_path)]) == ExitCode.USAGE
+    assert said in capsys.readouterr().err
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -96,7 +96,8 @@ def test_kubeadm_file_works_as_it_is(tmp_path: Path) -> None:
     path.write_text(KUBEADM)
     loaded = config.load(path)
     assert loaded.cluster_cidrs == ("10.244.0.0/16",)
-    assert loaded.unused == ("clientConnection.kubeconfig",)
+    assert loaded.kubeconfig == Path("/var/lib/kube-proxy/kubeconfig.conf")
+    assert loaded.unused == ()
     assert (loaded.mode, loaded.max_sync_s, loaded.scheduler) == ("auto", 30.0, Scheduler.RANDOM)
 
 
@@ -338,7 +339,7 @@ def test_flags_are_laid_over_the_file(tmp_path: Path) -> None:
     flags = {"ipvs.scheduler": "wrr", "clusterCIDR": "10.1.0.0/16", "featureGates": {"A": True}}
     loaded = config.load(path, flags)
     assert (loaded.scheduler, loaded.cluster_cidrs) == (Scheduler.WRR, ("10.1.0.0/16",))
-    assert loaded.unused == ("clientConnection.kubeconfig", "featureGates.A")
+    assert loaded.unused == ("featureGates.A",)
     without = config.load(None, flags)
     assert (without.scheduler, without.unused) == (Scheduler.WRR, ("featureGates.A",))
 
