@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ebpfproxy import config
 from ebpfproxy.errors import ConfigError
 from ebpfproxy.model.services import Scheduler
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEAD = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
 
