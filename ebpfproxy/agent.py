@@ -128,6 +128,10 @@ _FIXED = {
     "udp_stream_s": "conntrack.udpStreamTimeout",
     "tcp_established_s": "conntrack.tcpEstablishedTimeout",
     "tcp_close_wait_s": "conntrack.tcpCloseWaitTimeout",
+    "tcp_be_liberal": "conntrack.tcpBeLiberal",
+    "iptables_variant": "ebpfproxy.iptablesVariant",
+    "localhost_node_ports": "iptables.localhostNodePorts",
+    "masquerade_bit": "iptables.masqueradeBit",
 }
 
 

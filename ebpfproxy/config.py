@@ -140,6 +140,7 @@ class _Extras(_Schema, frozen=True):
     service_node_port_range: str = ""
     load_balancer_pools: list[str] = []
     udp_idle: Duration = Duration(0)
+    iptables_variant: str = ""
     maglev_table_size: int = MAGLEV_SIZE
     userspace: _Userspace = _Userspace()
 
@@ -197,6 +198,9 @@ class Config(msgspec.Struct, frozen=True):
     masquerade_bit: int = 14  # of the packet mark; for dataplanes that are made of netfilter rules
     min_sync_s: float = 0.0
     max_sync_s: float = 30.0
+    iptables_variant: str = "auto"  # auto | nft | legacy
+    localhost_node_ports: bool = True  # of mode iptables
+    tcp_be_liberal: bool = False  # the kernel's connection tracking checks no TCP windows
     udp_idle_s: float = 0.0  # 0 = the dataplane's default; so are the next four
     udp_s: float = 0.0
     udp_stream_s: float = 0.0
@@ -227,6 +231,7 @@ _USED = frozenset(
         "mode",
         "iptables.masqueradeAll",
         "nftables.masqueradeAll",
+        "iptables.localhostNodePorts",
         "iptables.syncPeriod",
         "iptables.minSyncPeriod",
         "ipvs.scheduler",
@@ -249,7 +254,7 @@ _USED = frozenset(
         "conntrack.tcpCloseWaitTimeout",
         "conntrack.udpTimeout",
         "conntrack.udpStreamTimeout",
-        "conntrack.tcpBeLiberal",  # no window is ever checked here
+        "conntrack.tcpBeLiberal",  # mode bpf never checks a window
         "logging.format",
         "logging.flushFrequency",  # nothing is buffered here
         "logging.verbosity",
@@ -365,6 +370,10 @@ def _config(file: _File) -> Config:
         )
     if extras.loader not in ("", "auto", "libbpf", "bcc"):
         raise ConfigError(f"ebpfproxy.loader: {extras.loader!r} is none of auto, libbpf, bcc")
+    if extras.iptables_variant not in ("", "auto", "nft", "legacy"):
+        raise ConfigError(
+            f"ebpfproxy.iptablesVariant: {extras.iptables_variant!r} is none of auto, nft, legacy"
+        )
     for name, size in extras.map_sizes.items():
         if not 0 < size < 2**32:
             raise ConfigError(f"ebpfproxy.mapSizes.{name}: {size} is not a number of entries (1 to 2^32 - 1)")
@@ -393,6 +402,9 @@ def _config(file: _File) -> Config:
         masquerade_bit=masquerade.masquerade_bit,
         min_sync_s=section.min_sync_period,
         max_sync_s=max_sync_s,
+        iptables_variant=extras.iptables_variant or defaults.iptables_variant,
+        localhost_node_ports=file.iptables.localhost_node_ports,
+        tcp_be_liberal=file.conntrack.tcp_be_liberal,
         udp_idle_s=_timeout("ebpfproxy.udpIdle", extras.udp_idle),
         udp_s=_timeout("conntrack.udpTimeout", file.conntrack.udp_timeout),
         udp_stream_s=_timeout("conntrack.udpStreamTimeout", file.conntrack.udp_stream_timeout),

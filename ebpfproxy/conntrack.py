@@ -21,6 +21,7 @@ from ebpfproxy.model.services import Protocol, Readiness
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from ebpfproxy.config import Config
     from ebpfproxy.model.services import DesiredState
 
 UDP = socket.IPPROTO_UDP
@@ -102,6 +103,20 @@ def stale(
         if key in changed and flow.served_by not in new.get(key, frozenset()):
             gone.append(flow)
     return gone
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """Return what the configuration says of the kernel's connection tracking, as settings of the kernel."""
+    seconds = {
+        "udp_timeout": config.udp_s,
+        "udp_timeout_stream": config.udp_stream_s,
+        "tcp_timeout_established": config.tcp_established_s,
+        "tcp_timeout_close_wait": config.tcp_close_wait_s,
+    }
+    found = {name: str(round(value)) for name, value in seconds.items() if value}
+    if config.tcp_be_liberal:
+        found["tcp_be_liberal"] = "1"
+    return {f"net/netfilter/nf_conntrack_{name}": value for name, value in found.items()}
 
 
 class UdpCleaner:

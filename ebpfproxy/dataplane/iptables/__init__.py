@@ -1,0 +1,1 @@
+"""The iptables dataplane: the chains that kube-proxy makes, with its names."""

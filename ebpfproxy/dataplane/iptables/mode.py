@@ -1,0 +1,54 @@
+"""Mode ``iptables``: whether this machine can run it, what it is made from, and its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ebpfproxy import conntrack
+from ebpfproxy.dataplane.modes import Made, Site
+from ebpfproxy.metrics import Reading
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+    from pathlib import Path
+
+    from ebpfproxy.config import Config
+
+
+def usable() -> str | None:
+    """Return why this machine can't run it, None if it can."""
+    from ebpfproxy.dataplane.iptables import features
+
+    return features.usable()
+
+
+def make(settings: Config, site: Site, stack: ExitStack) -> Made:
+    """Make the dataplane."""
+    from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane, IptablesOptions
+
+    options = IptablesOptions(
+        sysctls=_sysctls(site),
+        variant=settings.iptables_variant,
+        masquerade_bit=settings.masquerade_bit,
+        allows_localhost=settings.localhost_node_ports,
+        drops_invalid=not settings.tcp_be_liberal,
+        check_s=settings.max_sync_s,
+        settings=conntrack.settings_of(settings),
+    )
+    return Made(IptablesDataplane(options), Site(site.state_dir))
+
+
+def reading(site: Site) -> Reading:
+    """Return nothing: the kernel's counters of rules belong to administrators."""
+    return Reading()
+
+
+def cleanup(site: Site) -> list[str]:
+    """Remove our chains, unless mode ipvs has taken them over, and put settings of the kernel back."""
+    from ebpfproxy.dataplane.iptables import cleanup as end
+
+    return end.cleanup(_sysctls(site))
+
+
+def _sysctls(site: Site) -> Path:
+    return site.state_dir / "sysctls-iptables.json"
