@@ -1,4 +1,4 @@
-"""Takes away the chains that kube-proxy made, or we under the same names; and nothing else."""
+"""Takes away the chains that a mode of ours made, under kube-proxy's names; and nothing else."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from ebpfproxy.xtables.programmer import owner
 from ebpfproxy.xtables.tool import VARIANTS, Tool, can_read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ebpfproxy.xtables.chains import Removal, Saved
 
-OURS = ("iptables", "ipvs")  # the modes that make such chains
 
+def remove(mode: str) -> list[str]:
+    """Remove the chains of a mode of ours, both families and variants, unless another has taken them over.
 
-def remove_kube_proxy() -> list[str]:
-    """Remove the iptables rules of kube-proxy, in its modes iptables and ipvs, both families and variants.
-
-    Rules that a mode of ours has taken over stay. So do those of others, also where they lead to a chain of
-    kube-proxy's: that one is only emptied.
+    Rules of others stay, also where they lead to one of these chains: that one is only emptied.
 
     Returns:
         What was removed, one line each.
@@ -31,15 +26,6 @@ def remove_kube_proxy() -> list[str]:
     Raises:
         DataplaneError: something could not be removed; call again.
     """
-    return _remove(lambda who: who not in OURS)
-
-
-def remove(mode: str) -> list[str]:
-    """Remove the chains of a mode of ours, unless another mode has taken them over; as above."""
-    return _remove(lambda who: who == mode)
-
-
-def _remove(is_wanted: Callable[[str], bool]) -> list[str]:
     removed = []
     for variant in VARIANTS:
         for family in (4, 6):
@@ -47,7 +33,7 @@ def _remove(is_wanted: Callable[[str], bool]) -> list[str]:
             # Asking for a legacy table makes one: only those that are there are looked at.
             if not tool.is_installed() or not tool.is_in_use() or not can_read(tool):
                 continue
-            if not is_wanted(owner(tool.rules("nat", names.CANARY))):
+            if owner(tool.rules("nat", names.CANARY)) != mode:
                 continue
             saved = {table: tool.save(table) for table in TABLES}
             plan = plan_for(saved)
@@ -57,7 +43,7 @@ def _remove(is_wanted: Callable[[str], bool]) -> list[str]:
             try:
                 tool.restore(text)
             except DataplaneError as error:
-                raise DataplaneError(f"remove the chains of kube-proxy: {error}") from error
+                raise DataplaneError(f"remove the chains of mode {mode}: {error}") from error
             removed += [f"{tool.name} rules: {line}" for line in _told(plan)]
     return removed
 
