@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ebpfproxy.errors import KernelError, UnsupportedError
+from ebpfproxy.files import LockedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,3 +97,27 @@ def _top_mounts() -> list[Mount]:
     """Return the mounts that no later one at the same path hides."""
     found = mounts(_MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape"))
     return list({mount.path: mount for mount in found}.values())
+
+
+class NetworkLock:
+    """Holds a name in this network namespace; the kernel lets go of it when the process ends."""
+
+    def __init__(self, name: str) -> None:
+        """Take the name.
+
+        Raises:
+            LockedError: another process in this network namespace has it.
+        """
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            # The abstract names of Unix sockets belong to the network namespace, unix(7).
+            self._socket.bind(f"\0ebpfproxy-{name}")
+        except OSError:
+            self._socket.close()
+            raise LockedError(
+                f"the {name} rules of this network namespace are in use by another agent: stop it"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the name."""
+        self._socket.close()
