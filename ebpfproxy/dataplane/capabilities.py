@@ -69,6 +69,18 @@ FEATURES = (
         },
     ),
     Feature(
+        "reject-unconnected",
+        "an unconnected UDP socket on the node is refused at once",
+        _each((*_NETFILTER, "userspace"), "the kernel does not tell it of the ICMP error"),
+    ),
+    Feature(
+        "reject-errno",
+        "a connected UDP socket on the node that is refused gets ECONNREFUSED",
+        _each(
+            (*_NETFILTER, "userspace"), "send() fails with EPERM, and what comes after it with ECONNREFUSED"
+        ),
+    ),
+    Feature(
         "error-source",
         "an ICMP error that refuses comes from the VIP",
         _each((*_NETFILTER, "userspace"), "it comes from the node; clients look at the packet in it"),
@@ -131,6 +143,18 @@ FEATURES = (
             "ipvs": "as in kube-proxy, only under externalTrafficPolicy Local",
             "iptables": "as in kube-proxy, only under externalTrafficPolicy Local",
             "userspace": "the proxy opens a connection of its own",
+        },
+    ),
+    Feature(
+        "snat",
+        "outside traffic to a backend on another node gets this node's address",
+        {"bpf": "it keeps its source address: replies must come back through this node"},
+    ),
+    Feature(
+        "masquerade-all",
+        "masqueradeAll; outside traffic to a cluster IP gets this node's address",
+        {
+            "bpf": "it keeps its source address: replies must come back through this node",
         },
     ),
     Feature(

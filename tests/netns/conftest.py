@@ -13,6 +13,7 @@ from rig.servers import name_servers
 from rig.topology import Topology
 
 from . import catalogue
+from .dataplanes import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -46,12 +47,23 @@ class World:
         self.net, self.agent, self.probes = net, agent, probes
 
     @property
+    def mode(self) -> str:
+        return self.agent.mode
+
+    @property
     def backends(self) -> list[Pod]:
         return self.net.pods[:3]
 
 
+@pytest.fixture(scope="module", params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    """The dataplane to test."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def world(nothing_left: None) -> Iterator[World]:
+def world(nothing_left: None, mode: str) -> Iterator[World]:
     """Everything that tests of one module can share: they change nothing."""
     with ExitStack() as stack:
         net = stack.enter_context(Topology(pod_count=5))
@@ -62,7 +74,7 @@ def world(nothing_left: None) -> Iterator[World]:
             ip addr add 2001:db8::101/64 dev eth0 nodad preferred_lft 0
             """
         )
-        agent = Agent(net, config=catalogue.CONFIG)
+        agent = Agent(net, mode=mode, config=catalogue.CONFIG)
         agent.write(*catalogue.objects(net.pods[:3]))
         stack.enter_context(agent)
         places = {
@@ -80,5 +92,5 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and item.get_closest_marker("netns"):
-        report.sections += [(f"agent {agent.loader}", agent.output()) for agent in Agent.live]
+        report.sections += [(f"agent, mode {agent.mode}", agent.output()) for agent in Agent.live]
     return report

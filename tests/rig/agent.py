@@ -10,6 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from rig.names import unique
+from rig.topology import Topology
 from rig.wait import eventually
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Agent:
         self._notify_path = directory / "notify"
         self._notify: socket.socket | None = None
         self._processes: list[Process] = []
+        self._syncs_before = 0  # when a manifest was last written
         Agent.live.append(self)
 
     # --- manifests
@@ -106,6 +108,7 @@ class Agent:
         self.write_text(file, text)
 
     def write_text(self, file: str, text: str) -> None:
+        self._syncs_before = self._syncs()
         temporary = self.manifests / f".{file}.new"
         temporary.write_text(text)
         temporary.replace(self.manifests / file)
@@ -119,6 +122,8 @@ class Agent:
     def start(self, *, wait: bool = True, loader: str = "") -> Self:
         """Start it; with ``wait`` return when it told systemd that it is ready."""
         self.loader = loader or self.loader
+        if self.mode != "bpf" and isinstance(self.net, Topology):
+            self.net.add_default_route()  # capabilities: without-route
         if self._notify:
             self._notify.close()
         self._notify_path.unlink(missing_ok=True)
@@ -210,6 +215,11 @@ class Agent:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _syncs(self) -> int:
+        """Return how many syncs the agent says it did."""
+        file = self.state_dir / "status.json"
+        return int(json.loads(file.read_text())["syncs"]) if file.exists() else 0
+
     # --- the command line, from the node
 
     def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -231,7 +241,12 @@ class Agent:
         Args:
             service: as the command line names it, ``namespace/name:port``.
             addresses: of one family; backends of the other are not looked at.
+
+        A mode without maps has programmed what was written last once it has synced again.
         """
+        if self.mode != "bpf":
+            eventually(lambda: self._syncs() > self._syncs_before, "a sync after the last change")
+            return
         is_v6 = {":" in address for address in addresses} == {True}
 
         def match() -> bool:

@@ -155,6 +155,12 @@ class Topology:
             """
         )
 
+    def add_default_route(self) -> None:
+        """Give the node a default route, to the outside; may be repeated."""
+        self.node.shell(
+            f"ip route replace default via {OUTSIDE_IPS[0]}; ip route replace default via {OUTSIDE_IPS[1]}"
+        )
+
     @staticmethod
     def _link(left: Netns, left_device: str, right: Netns, right_device: str) -> None:
         HERE.run(
