@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+from rig import leaks
 from rig.names import unique
 from rig.topology import Topology
 from rig.wait import eventually
@@ -203,6 +205,8 @@ class Agent:
         """End every process of it; idempotent."""
         for process in self._processes:
             process.stop()
+        for pid in leaks.proxies(str(self.state_dir)):  # those of mode userspace outlive the agent
+            os.kill(pid, signal.SIGKILL)
         if self._notify:
             self._notify.close()
             self._notify = None

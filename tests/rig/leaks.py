@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rig.process import HERE
 def find(prefix: str = PREFIX) -> list[str]:
     """Return one line for each thing that carries ``prefix`` and still exists."""
     found = [f"process {child.pid}: {child.name}" for child in process.running if child.poll() is None]
+    found += [f"userspace proxy {pid}" for pid in proxies(prefix)]
     found += [f"network namespace {path}" for path in _entries(NETNS_DIRECTORY, prefix)]
     found += [f"cgroup {path}" for path in _entries(cgroup_root(), prefix)]
     found += [f"mount {path}" for _, path in mounts() if _carries(path, prefix)]
@@ -44,6 +47,9 @@ def sweep() -> None:
 
 
 def _remove(prefix: str) -> None:
+    for pid in proxies(prefix):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     # Another run may sweep the same things at the same time.
     with contextlib.suppress(OSError):
         for path in _entries(cgroup_root(), prefix):
@@ -61,6 +67,17 @@ def _entries(directory: Path, prefix: str) -> list[Path]:
     if not directory.exists():
         return []
     return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
+
+
+def proxies(prefix: str) -> list[int]:
+    """Return the proxies of mode userspace with ``prefix`` in their socket's path."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if "ebpfproxy.dataplane.userspace.proxy" in words and any(prefix in word for word in words):
+                found.append(int(entry.name))
+    return found
 
 
 def _carries(path: Path, prefix: str) -> bool:

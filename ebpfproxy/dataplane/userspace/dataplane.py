@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: How often it is looked whether the rules are still there.
-CANARY_S = 10.0
+CANARY_S = 3.0
 
 
 class UserspaceOptions(msgspec.Struct, frozen=True):

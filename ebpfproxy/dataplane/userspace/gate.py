@@ -1,7 +1,8 @@
 """Classic BPF socket filters that let only some sources in. Pure, but for ``attach``.
 
-A filter is what an unprivileged process has to *drop*: a listening socket whose filter refuses a SYN answers
-nothing, as if the packet had been lost. Accepted sockets keep the filter that their listener had.
+A filter is what a process has to *drop*: a listening socket whose filter refuses a SYN answers nothing, as if
+the packet had been lost. Accepted sockets keep the filter that their listener had. UDP sockets take one from
+everybody; TCP sockets did, until Linux asked for CAP_NET_ADMIN (seen in 6.18.44).
 
 Source: Linux Documentation/networking/filter.rst; include/uapi/linux/filter.h.
 """

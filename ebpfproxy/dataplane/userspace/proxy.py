@@ -70,7 +70,7 @@ class Proxy:
         self._doors: dict[str, TcpAcceptor | UdpReceiver] = {}
         self._control: socket.socket | None = None
         self._ended = asyncio.Event()
-        self._must_drain = False
+        self._must_drain = self._is_told = False
         self._heirlooms: dict[str, socket.socket] = {}  # of the process before, until they are claimed
         self._build = protocol.build()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -230,7 +230,13 @@ class Proxy:
     def _guard(self, sock: socket.socket, listener: Listener) -> None:
         walls = self._hub.walls(listener)
         family = 6 if sock.family == socket.AF_INET6 else 4
-        gate.attach(sock, gate.program(family, walls) if walls else None)
+        try:
+            gate.attach(sock, gate.program(family, walls) if walls else None)
+        except PermissionError:
+            # Linux of 2026 wants CAP_NET_ADMIN for one on a TCP socket: then the hub refuses by a reset.
+            if not self._is_told:
+                self._is_told = True
+                _log.warning("without CAP_NET_ADMIN those whom a Service drops are reset instead, over TCP")
 
     # --- the end ---------------------------------------------------------------------------------
 

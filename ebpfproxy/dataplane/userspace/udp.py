@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ebpfproxy.dataplane.userspace.hub import Hub
     from ebpfproxy.dataplane.userspace.protocol import Target
 
+#: How long the answer of a backend that is gone is waited for: as long as a resolver does (resolv.conf(5)).
+LEAVING_S = 5.0
 _BATCH = 64
 _SIZE = 65535
 _IP_PKTINFO, _IPV6_RECVPKTINFO = 8, 49  # linux/in.h, linux/in6.h; not every Python has the names
@@ -41,26 +43,29 @@ class UdpReceiver:
     def __init__(self, hub: Hub, key: str, sock: socket.socket) -> None:
         self.sock, self.hub, self.key = sock, hub, key
         self._flows: dict[tuple[Client, bytes], _Flow] = {}
+        self._leaving: set[_Flow] = set()  # they pass on what is still answered, and get no more datagrams
         hub.loop.add_reader(sock, self._receive)
 
     def close(self) -> None:
         """End all flows."""
         self.hub.loop.remove_reader(self.sock)
-        for flow in list(self._flows.values()):
+        for flow in [*self._flows.values(), *self._leaving]:
             self.end(flow)
         self.sock.close()
 
     def hand_over(self) -> None:
-        """Receive no more, and leave the socket open; flows pass on what their backends still answer."""
+        """Receive no more, and leave the socket open for another process."""
         self.hub.loop.remove_reader(self.sock)
+        for flow in list(self._flows.values()):
+            self._retire(flow)
 
     def follow(self) -> None:
-        """End flows to backends that are gone: the client's next datagram goes to another."""
+        """Let go of flows to backends that are gone: the client's next datagram goes to another."""
         service = self.hub.services.get(self.hub.listeners[self.key].service)
         known = service.known if service else frozenset()
         for flow in list(self._flows.values()):
             if flow.target is None or flow.target[:2] not in known:
-                self.end(flow)
+                self._retire(flow)
 
     def expire(self, now: float) -> None:
         """End flows that were idle too long."""
@@ -68,14 +73,22 @@ class UdpReceiver:
         for flow in list(self._flows.values()):
             if now - flow.active > (settings.udp_stream_s if flow.is_answered else settings.udp_s):
                 self.end(flow)
+        for flow in [flow for flow in self._leaving if now - flow.active > LEAVING_S]:
+            self.end(flow)
 
     @property
     def open_flows(self) -> int:
         """Return how many there are."""
-        return len(self._flows)
+        return len(self._flows) + len(self._leaving)
+
+    def _retire(self, flow: _Flow) -> None:
+        """Give a flow no more datagrams; the answer to the last one may be on its way."""
+        del self._flows[flow.key]
+        self._leaving.add(flow)
 
     def end(self, flow: _Flow) -> None:
         """Close a flow."""
+        self._leaving.discard(flow)
         if self._flows.get(flow.key) is flow:
             del self._flows[flow.key]
         flow.close()
