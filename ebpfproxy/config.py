@@ -300,6 +300,11 @@ def load(path: Path | str | None, flags: Mapping[str, Any] | None = None) -> Con
         raise ConfigError(f"configuration {path}: {error}") from error
 
 
+def in_mode(settings: Config, mode: str) -> Config:
+    """Return ``settings`` with another mode."""
+    return msgspec.structs.replace(settings, mode=mode)
+
+
 def overlay(raw: object, flags: Mapping[str, Any]) -> object:
     """Return ``raw`` with fields set by their paths; mappings, as feature gates, are merged."""
     if not isinstance(raw, Mapping):

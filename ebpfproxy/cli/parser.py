@@ -339,6 +339,25 @@ def _verbs(commands: _Commands) -> None:
     _bpffs(cleanup)
     _state_dir(cleanup)
 
+    drain = commands.add(
+        "drain",
+        _lazily("drain"),
+        "take no new connections, wait for the old ones",
+        "Take no new connections any more and wait until those that go through ebpfproxy have ended: the way "
+        "back to kube-proxy, which serves already. The agent must have ended; `ebpfproxy cleanup` is next. "
+        "Exit status 1: some are left.",
+    )
+    _path(drain, "--config", kind=_FILE, metavar="FILE", help="KubeProxyConfiguration of the agent")
+    _path(drain, "--cgroup", kind=_DIRECTORY, metavar="PATH", help="as the agent's (default: what it said)")
+    drain.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="wait no longer (default: as long as it takes)"
+    )
+    drain.add_argument(
+        "--stay", action="store_true", help="go on when nothing is left, as a DaemonSet needs it"
+    )
+    _bpffs(drain)
+    _state_dir(drain)
+
     completion = commands.add(
         "completion",
         _lazily("completion"),

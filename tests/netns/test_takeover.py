@@ -7,7 +7,9 @@ pod2 and pod3 as its endpoints, so who answers tells who chose.
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
+import socket
+import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,14 @@ from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Load, Probe, more
 from rig.topology import NODE_IPS, OUTSIDE_IPS
+from rig.wait import eventually
 
 from . import catalogue as known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from rig.probe import RemoteSocket
     from rig.topology import Topology
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -65,18 +69,25 @@ def rules(net: Topology) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture(params=list(MODES))
-def taken(net: Topology, request: pytest.FixtureRequest) -> Iterator[tuple[Topology, Agent, list[Load]]]:
-    """A node with kube-proxy's rules, connections through them, and an agent that started beside them."""
-    net.node.shell(  # a socket looks for a route before its first packet meets a rule
-        f"ip route add default via {OUTSIDE_IPS[0]}; ip route add default via {OUTSIDE_IPS[1]}"
-    )
-    MODES[request.param](net)
-    agent = Agent(net, config=known.CONFIG)
+def route_node(net: Topology) -> None:
+    """Give the node a default route: a socket looks for one before its first packet meets a rule."""
+    net.node.shell(f"ip route add default via {OUTSIDE_IPS[0]}; ip route add default via {OUTSIDE_IPS[1]}")
+
+
+def write(agent: Agent, net: Topology) -> None:
     agent.write(
         service("web", known.HTTP | {"nodePort": 30080}, ips=known.WEB, type="NodePort"),
         *known.slices("web", net.pods[1:3], known.TO_HTTP),
     )
+
+
+@pytest.fixture(params=list(MODES))
+def taken(net: Topology, request: pytest.FixtureRequest) -> Iterator[tuple[Topology, Agent, list[Load]]]:
+    """A node with kube-proxy's rules, connections through them, and an agent that started beside them."""
+    route_node(net)
+    MODES[request.param](net)
+    agent = Agent(net, config=known.CONFIG)
+    write(agent, net)
     with ExitStack() as stack:
         probes = [stack.enter_context(Probe(at)) for at in (net.on_node, net.pods[3].place, net.from_outside)]
         targets = [
@@ -132,6 +143,48 @@ def test_takeover_and_cleanup(taken: tuple[Topology, Agent, list[Load]]) -> None
 
 def count(found: dict[str, list[str]], word: str) -> int:
     return sum(word in line for lines in found.values() for line in lines)
+
+
+def test_and_back_again(net: Topology) -> None:
+    """kube-proxy's rules are there again, the agent ends, and what it carries goes on until it ends."""
+    agent = Agent(net, config=known.CONFIG)
+    write(agent, net)
+    with ExitStack() as stack:
+        probes = [stack.enter_context(Probe(at)) for at in (net.on_node, net.pods[3].place)]
+        stack.enter_context(agent)
+        of_pod = stack.enter_context(ExitStack())
+        kept = [
+            scope.enter_context(socket_to(probe, address))
+            for probe, scope in zip(probes, (stack, of_pod), strict=True)
+            for address in known.WEB
+        ]
+        before = [each.ask() for each in kept]
+        assert set(before) <= OURS
+        route_node(net)
+        load_nftables(net)
+        agent.terminate()
+        options: list[str | Path] = ["--state-dir", agent.state_dir, "--bpffs", net.bpffs]
+        draining = net.on_node_bare.start(sys.executable, "-m", "ebpfproxy", "drain", *options)
+        eventually(lambda: "2 go on" in draining.output(), "the two connections of the pod to be counted")
+        for probe in probes:
+            for address in known.WEB:
+                assert set(probe.tcp(address, 80, 4)) == {"pod1"}, "kube-proxy's choice"
+        assert [each.ask() for each in kept] == before
+        assert draining.poll() is None
+        of_pod.close()
+        assert draining.wait() == 0
+        assert "nothing goes through ebpfproxy any more" in draining.output()
+        agent.cli("cleanup", *options)
+        assert [each.ask() for each in kept[:2]] == before[:2], "sockets on the node need nobody"
+        assert set(probes[1].tcp(known.WEB[0], 80, 4)) == {"pod1"}
+
+
+@contextmanager
+def socket_to(probe: Probe, address: str) -> Iterator[RemoteSocket]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with probe.socket(socket.SOCK_STREAM, family) as made:
+        made.connect(address, 80)
+        yield made
 
 
 def test_what_keeps_old_connections_goes_with_us(net: Topology) -> None:

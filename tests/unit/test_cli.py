@@ -35,6 +35,7 @@ COMMANDS = [
     "run",
     "validate",
     "cleanup",
+    "drain",
     "completion",
     "check",
     "services",
