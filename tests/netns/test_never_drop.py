@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Load, Probe, more
+from rig.process import HERE
 from rig.topology import NODE_IPS
 
 from . import catalogue as known
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"pod1", "pod2", "pod3"}
 
 
@@ -141,6 +147,41 @@ def test_upgrade_under_load(busy: Busy) -> None:
     for loader in ("bcc", "libbpf"):
         busy.agent.terminate()
         busy.agent.start(loader=loader)
+        busy.goes_on()
+    assert backend_ids(busy.agent) == ids
+
+
+OTHER_VERSION = "0.1.999"
+
+
+@pytest.fixture(scope="module")
+def other_version(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Build this tree as another version, and return what makes a command run with it."""
+    tree = tmp_path_factory.mktemp("version") / "tree"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.so", "objects", "tests", "docs", "build")
+    shutil.copytree(ROOT, tree, ignore=unwanted)
+    module = tree / "ebpfproxy/__init__.py"
+    module.write_text(re.sub(r'__version__ = ".*"', f'__version__ = "{OTHER_VERSION}"', module.read_text()))
+    HERE.run("make", "-s", "-C", tree / "bpf", f"OUT={tree}/ebpfproxy/objects", f"PYTHON={sys.executable}")
+    build = f'cd "{tree}" && "{sys.executable}" setup.py --quiet build_ext --inplace'
+    HERE.run("sh", "-c", build, timeout_s=120)
+    return ["env", "-C", "/", f"PYTHONPATH={tree}"]
+
+
+def test_rolling_update(busy: Busy, other_version: list[str]) -> None:
+    """A DaemonSet's rolling update on one node, killed at its worst, and the way back: nobody notices."""
+    ids, ours = backend_ids(busy.agent), busy.agent.status()["version"]
+    for end in ("terminate", "kill"):
+        getattr(busy.agent, end)()
+        busy.goes_on()
+        busy.agent.prefix = other_version
+        busy.agent.start()
+        assert busy.agent.status()["version"] == OTHER_VERSION != ours
+        busy.goes_on()
+        getattr(busy.agent, end)()
+        busy.agent.prefix = []
+        busy.agent.start()
+        assert busy.agent.status()["version"] == ours
         busy.goes_on()
     assert backend_ids(busy.agent) == ids
 

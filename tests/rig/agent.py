@@ -61,6 +61,7 @@ class Agent:
         config: fields of the KubeProxyConfiguration file; none = no file.
         env: further environment.
         attach: how to attach to devices: auto, tcx or clsact.
+        prefix: a command that starts the agent: one that drops rights, say.
     """
 
     live: ClassVar[list[Agent]] = []
@@ -75,7 +76,9 @@ class Agent:
         config: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         attach: str = "auto",
+        prefix: Sequence[str] = (),
     ) -> None:
+        self.prefix = list(prefix)
         self.net, self.mode, self.loader = net, mode, loader
         self.arguments, self.env = list(arguments), env or {}
         directory = net.directory / unique("agent")
@@ -142,19 +145,17 @@ class Agent:
         }
         if self.config_file:
             flags["--config"] = self.config_file
-        command = [
-            sys.executable,
-            "-m",
-            "ebpfproxy",
-            "run",
-            *chain.from_iterable(flags.items()),
-            *self.arguments,
-        ]
+        command = [*self.prefix, *self.program("run", *chain.from_iterable(flags.items()), *self.arguments)]
         env = {"NOTIFY_SOCKET": str(self._notify_path), **self.env}
         self._processes.append(self.net.on_node_bare.start(*command, env=env))
         if wait:
             self.wait_notified("READY=1")
         return self
+
+    @staticmethod
+    def program(*arguments: str | Path) -> list[str | Path]:
+        """Return the command line of the agent's program."""
+        return [sys.executable, "-m", "ebpfproxy", *arguments]
 
     def wait_notified(self, line: str) -> None:
         """Wait for a line of systemd's notification protocol."""
