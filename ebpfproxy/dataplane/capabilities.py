@@ -63,10 +63,7 @@ FEATURES = (
     Feature(
         "reject-unused",
         "a VIP's port that no Service uses is refused at once",
-        {
-            "iptables": "as in kube-proxy the packet goes on to where the VIP is routed",
-            "userspace": "the packet goes on to where the VIP is routed",
-        },
+        {"iptables": "as in kube-proxy the packet goes on to where the VIP is routed"},
     ),
     Feature(
         "reject-unconnected",
@@ -144,6 +141,11 @@ FEATURES = (
             "iptables": "as in kube-proxy, only under externalTrafficPolicy Local",
             "userspace": "the proxy opens a connection of its own",
         },
+    ),
+    Feature(
+        "client-address-local",
+        "the client's address reaches the backend under externalTrafficPolicy Local",
+        {"userspace": "the proxy opens a connection of its own"},
     ),
     Feature(
         "snat",

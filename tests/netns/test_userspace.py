@@ -1,4 +1,4 @@
-"""Mode userspace: the tables of test_services through the proxy, led there by nft and by iptables."""
+"""Mode userspace: its own promises; and the tables of test_services where iptables leads to the proxy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rig.objects import service
 from rig.probe import Load, Probe, more
 from rig.process import HERE
 from rig.servers import name_servers
-from rig.topology import NODE_IPS, OUTSIDE_IPS, Topology
+from rig.topology import NODE_IPS, Topology
 from rig.wait import eventually
 
 from . import catalogue as known
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     from rig.topology import Pod
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
-
-
-def default_routes(net: Topology) -> None:
-    """Let the node's own processes send to VIPs: rules catch packets, and there is none without a route."""
-    net.node.shell(f"ip route add default via {OUTSIDE_IPS[0]}; ip -6 route add default via {OUTSIDE_IPS[1]}")
 
 
 def path_of(tool: str, net: Topology) -> dict[str, str]:
@@ -57,11 +52,10 @@ def path_of(tool: str, net: Topology) -> dict[str, str]:
     return {"PATH": str(directory)}
 
 
-@pytest.fixture(scope="module", params=["nft", "iptables"])
-def world(nothing_left: None, request: pytest.FixtureRequest) -> Iterator[World]:
+@pytest.fixture(scope="module")
+def world(nothing_left: None) -> Iterator[World]:
     with ExitStack() as stack:
         net = stack.enter_context(Topology(pod_count=4))
-        default_routes(net)
         # The kernel tells a host once a second that a port is unreachable; here it asks more often.
         net.node.shell("echo 0 >/proc/sys/net/ipv4/icmp_ratelimit; echo 0 >/proc/sys/net/ipv6/icmp/ratelimit")
         stack.enter_context(name_servers([*serving(net), ("node", net.on_node_bare)], 8080, 8081))
@@ -71,10 +65,10 @@ def world(nothing_left: None, request: pytest.FixtureRequest) -> Iterator[World]
             ip addr add 2001:db8::101/64 dev eth0 nodad preferred_lft 0
             """
         )
-        agent = Agent(net, mode="userspace", config=known.CONFIG, env=path_of(request.param, net))
+        agent = Agent(net, mode="userspace", config=known.CONFIG, env=path_of("iptables", net))
         agent.write(*known.objects(net.pods[:3]))
         stack.enter_context(agent)
-        assert f"{request.param} leads VIPs to the proxy" in agent.output()
+        assert "iptables leads VIPs to the proxy" in agent.output()
         places = {"node": net.on_node_bare, "pod": net.pods[3].place, "outside": net.from_outside}
         yield World(net, agent, {name: stack.enter_context(Probe(place)) for name, place in places.items()})
 
@@ -177,7 +171,6 @@ class Busy:
 
 @pytest.fixture
 def busy(net: Topology) -> Iterator[Busy]:
-    default_routes(net)
     agent = Agent(net, mode="userspace", config=known.CONFIG)
     agent.write(*web(*net.pods[:3]))
     with ExitStack() as stack:
@@ -263,7 +256,6 @@ def is_gone(pid: int) -> bool:
 
 @pytest.fixture
 def agent(net: Topology) -> Iterator[Agent]:
-    default_routes(net)
     made = Agent(net, mode="userspace", config=known.CONFIG)
     made.write(*web(*net.pods[:3]))
     with made:
