@@ -20,6 +20,7 @@ from benchmarks import maglev, state
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
+from rig.certificates import Authority
 from rig.names import temporary_directory
 from rig.objects import endpoint_slice, service
 from rig.process import HERE
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PORT = 8080
+API_PORT = 6443
 CLIENT_FLAGS = ["-O2", "-Wall", "-Wextra", "-Werror"]
 
 
@@ -122,6 +124,38 @@ def starts(options: argparse.Namespace) -> dict[str, Any]:
     return {"first start, s": spread(first), "restart, s": spread(again)}
 
 
+def kubernetes(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the agent on an empty node with an API server as its source."""
+    with Topology(pod_count=0) as net, Authority() as authority:
+        own = authority.issue("api", "IP:127.0.0.1")
+        size = ["--services", str(options.services)]
+        server: list[str | Path] = [
+            *(sys.executable, "-m", "benchmarks.api_server", *size, "--backends", str(options.backends)),
+            *("--certificate", own.certificate, "--key", own.key, "--port", str(API_PORT)),
+        ]
+        kubeconfig = net.directory / "kubeconfig"
+        cluster = {
+            "server": f"https://127.0.0.1:{API_PORT}",
+            "certificate-authority": str(authority.certificate),
+        }
+        config = {
+            "current-context": "it",
+            "contexts": [{"name": "it", "context": {"cluster": "it"}}],
+            "clusters": [{"name": "it", "cluster": cluster}],
+        }
+        kubeconfig.write_text(json.dumps(config))
+        with net.on_node_bare.start(*server, pipes=True) as running:
+            assert running.stdout.readline(), running.output()
+            result = net.on_node_bare.run(
+                *(sys.executable, "-m", "benchmarks.follow", "--started", str(time.monotonic_ns()), *size),
+                *("--bpffs", net.bpffs, "--cgroup", net.cgroup, "--state-dir", net.directory / "state"),
+                *("--kubeconfig", kubeconfig, "--changes", str(options.changes)),
+                timeout_s=600,
+            )
+    figures: dict[str, Any] = json.loads(result.stdout)
+    return figures
+
+
 def reading(net: Topology, options: argparse.Namespace) -> dict[str, Any]:
     """Time reading commands against the maps that are full of Services."""
     figures = {}
@@ -170,7 +204,9 @@ def _number(value: Any) -> str:
 def main() -> int:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("only", nargs="*", help="scale, connections, starts, reading, maglev (default: all)")
+    parser.add_argument(
+        "only", nargs="*", help="scale, connections, starts, reading, kubernetes, maglev (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
     parser.add_argument("--backends", type=int, default=10, help="of each Service")
@@ -180,7 +216,7 @@ def main() -> int:
     parser.add_argument("--milliseconds", type=int, default=100, help="of connections in a turn")
     parser.add_argument("--starts", type=int, default=7, help="of the agent and of commands")
     options = parser.parse_args()
-    wanted = options.only or ["scale", "connections", "starts", "reading", "maglev"]
+    wanted = options.only or ["scale", "connections", "starts", "reading", "kubernetes", "maglev"]
     figures: dict[str, Any] = {"machine": machine()}
     if "maglev" in wanted:
         figures["maglev"] = maglev.measure()
@@ -195,6 +231,8 @@ def main() -> int:
                 figures["connections"] = connections(net, options, first)
             if "reading" in wanted:
                 figures["reading"] = reading(net, options)
+        if "kubernetes" in wanted:
+            figures["kubernetes"] = kubernetes(options)
         if "starts" in wanted:
             figures["start"] = starts(options)
     except (AssertionError, subprocess.SubprocessError) as error:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from ebpfproxy import log
 from ebpfproxy.errors import ApiError, SourceError
 from ebpfproxy.source.kubernetes import wire
+from ebpfproxy.source.kubernetes.lean import Shares
 from ebpfproxy.store import Delete, Set
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Reflector:
         self._query = dict(query)
         self._listener = listener
         self._known: dict[ObjectKey, Object] = {}
+        self._shares = Shares()
         self._version = ""  # where to watch from; "" = list first
         self._is_first = True
         self._pages = True
@@ -140,13 +142,14 @@ class Reflector:
             page = wire.read_page(self._client.get(self.resource.path, query | chunk), self.resource)
             for item in page.items:
                 known = self._known.get(item.key)
-                obj = known if item.object is None else item.object  # the last good one stays
-                if obj is not None and known != obj:
-                    sets.append(Set(obj))
-                elif obj is not None:
-                    obj = known  # one value for what is equal
-                if obj is not None:
+                obj = known if item.object is None else self._shares.lean(item.object)
+                if obj is None:
+                    pass  # nothing of it can be used, and there is no last good one
+                elif obj == known:
+                    fresh[item.key] = known
+                else:
                     fresh[item.key] = obj
+                    sets.append(Set(obj))
                 if item.problems:
                     problems[item.key] = item.problems
             rest = page.rest
@@ -217,7 +220,10 @@ class Reflector:
             self.problems = others | ({key: problems} if problems else {})
         if is_gone:
             return [Delete(key)] if self._known.pop(key, None) is not None else []
-        if obj is None or self._known.get(key) == obj:
+        if obj is None:
+            return []
+        obj = self._shares.lean(obj)
+        if self._known.get(key) == obj:
             return []
         self._known[key] = obj
         return [Set(obj)]

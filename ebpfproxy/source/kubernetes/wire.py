@@ -26,9 +26,6 @@ from ebpfproxy.model.objects import (
     problems_of,
 )
 
-# Written by kubectl for itself: often larger than all of the rest.
-_FAT = "kubectl.kubernetes.io/last-applied-configuration"
-
 
 class Resource(NamedTuple):
     """A kind of objects and where the server has them."""
@@ -149,7 +146,7 @@ def read_object(data: msgspec.Raw, kind: type[Object]) -> Item:
         key = ObjectKey(error.kind, error.namespace, error.name)
         return Item(key, None, tuple(map(str, problems_of(error))))
     if obj is not None and not errors:
-        return Item(key_of(obj), _slim(obj))
+        return Item(key_of(obj), obj)
     key = key_of(obj) if obj is not None else _key(data, kind)
     problems = tuple(str(Problem(*key, path, why)) for path, why in errors)
     return Item(key, obj, problems)
@@ -158,12 +155,3 @@ def read_object(data: msgspec.Raw, kind: type[Object]) -> Item:
 def _key(data: msgspec.Raw, kind: type[Object]) -> ObjectKey:
     metadata = msgspec.json.decode(data)["metadata"]
     return ObjectKey(kind.__name__, metadata.get("namespace") or "", metadata["name"])
-
-
-def _slim(obj: Object) -> Object:
-    """Return an object without what nobody here reads and many would keep in memory."""
-    metadata = obj.metadata
-    if _FAT not in metadata.annotations:
-        return obj
-    annotations = {name: value for name, value in metadata.annotations.items() if name != _FAT}
-    return msgspec.structs.replace(obj, metadata=msgspec.structs.replace(metadata, annotations=annotations))
