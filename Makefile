@@ -41,6 +41,9 @@ test: build apt-test $(TEST_READY) ## every test, as root: unit, scenarios, pack
 test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux 5.10, 6.1, 6.8 and 6.12, in virtual machines (half an hour)
 	@$(BIN)/python -m pytest -q --numprocesses 2 tests/vm $(ARGS)
 
+test-kube: build apt-demo apt-test apt-kube $(TEST_READY) ## the agent against a real Kubernetes API server, built once (ten minutes)
+	@$(BIN)/python -m pytest -q tests/kube $(ARGS)
+
 test-unit: build $(TEST_READY) ## the tests that need no root
 	@$(BIN)/python -m pytest -q -m "not root and not netns" tests/unit tests/scenarios $(ARGS)
 
@@ -70,7 +73,7 @@ help: ## this list
 # --- what the targets above need ----------------------------------------------------------------------
 
 # Debian packages: asks dpkg every time (10 ms), installs only what is missing.
-apt-build apt-demo apt-lint apt-test apt-vm: apt-%:
+apt-build apt-demo apt-kube apt-lint apt-test apt-vm: apt-%:
 	@scripts/deps $*
 
 $(BIN)/python: | apt-build
@@ -103,4 +106,4 @@ $(FFI_READY): bpf/lib/abi.h ebpfproxy/libbpf/_build.py ebpfproxy/libbpf/glue.c e
 objects: | $(RUN_READY) apt-build
 	@$(MAKE) -s -C bpf OUT=$(OBJECTS) PYTHON=$(CURDIR)/$(BIN)/python
 
-.PHONY: build demo completion test test-vm test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint apt-vm
+.PHONY: build demo completion test test-kube test-vm test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint apt-kube apt-vm
