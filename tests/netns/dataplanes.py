@@ -9,7 +9,7 @@ import pytest
 
 from ebpfproxy.dataplane import capabilities
 
-MODES = ("bpf", "nftables", "userspace")
+MODES = ("bpf", "nftables", "iptables", "userspace")
 
 
 def expect_limits(request: pytest.FixtureRequest, mode: str, *features: str) -> None:

@@ -156,9 +156,17 @@ class Topology:
         )
 
     def add_default_route(self) -> None:
-        """Give the node a default route, to the outside; may be repeated."""
+        """Give the node a default route, to the outside; may be repeated.
+
+        Nobody limits its ICMP errors then: tests send many, and redirects count.
+        """
         self.node.shell(
-            f"ip route replace default via {OUTSIDE_IPS[0]}; ip route replace default via {OUTSIDE_IPS[1]}"
+            f"""
+            ip route replace default via {OUTSIDE_IPS[0]}
+            ip route replace default via {OUTSIDE_IPS[1]}
+            echo 0 > /proc/sys/net/ipv4/icmp_ratelimit
+            echo 0 > /proc/sys/net/ipv6/icmp/ratelimit
+            """
         )
 
     @staticmethod

@@ -118,6 +118,8 @@ def _published() -> dict[str, list[str]]:
 
 
 RULES = _published()
+#: Where we differ: kube-proxy answers a SYN with an ICMP error, of which the kernel sends one a second.
+RULES["filter KUBE-SERVICES"] = [f"{rule} --reject-with tcp-reset" for rule in RULES["filter KUBE-SERVICES"]]
 CHAINS = Renderer().chains(PUBLISHED, CONTEXT, HOST)
 
 

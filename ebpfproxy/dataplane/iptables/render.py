@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ebpfproxy.model.addresses import family
-from ebpfproxy.model.services import FrontendKind, Policy, Pool, Protocol, Scheduler, Service, ServiceName
+from ebpfproxy.model.services import (
+    Empty,
+    FrontendKind,
+    Policy,
+    Pool,
+    Protocol,
+    Scheduler,
+    Service,
+    ServiceName,
+)
 from ebpfproxy.xtables import names
 from ebpfproxy.xtables.chains import Chain, Jump, Rules
 
@@ -263,7 +272,7 @@ def render_service(service: Service, context: Context) -> Part:
             at = FILTER_SERVICES if is_cluster_ip else FILTER_EXTERNAL
             local = "-m addrtype --dst-type LOCAL " if frontend.kind is FrontendKind.NODE_PORT else ""
             what = _comment(f"{service.name} {none}")
-            shared[at].append(f"{what} {local}{match} -j {pool.on_empty.upper()}")
+            shared[at].append(f"{what} {local}{match} -j {_refusal(service, pool)}")
         if is_cluster_ip and pool.backends:
             chain = Chain("nat", to_internal)
             own[chain] = own.get(chain, ()) + tuple(
@@ -301,6 +310,17 @@ _FRONTENDS = {
     FrontendKind.LOAD_BALANCER: " loadbalancer IP",
     FrontendKind.NODE_PORT: "",
 }
+
+
+def _refusal(service: Service, pool: Pool) -> str:
+    """Return what happens to packets for an empty pool.
+
+    kube-proxy answers TCP with an ICMP error as well. The kernel sends one of those a second to a client
+    (icmp_ratelimit), so the next connection would wait for its second SYN; a reset is not limited.
+    """
+    if pool.on_empty is Empty.REJECT and service.protocol is Protocol.TCP:
+        return "REJECT --reject-with tcp-reset"
+    return pool.on_empty.upper()
 
 
 def _comment(text: str) -> str:
