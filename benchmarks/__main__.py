@@ -24,7 +24,7 @@ from rig.certificates import Authority
 from rig.names import temporary_directory
 from rig.objects import endpoint_slice, service
 from rig.process import HERE
-from rig.topology import Topology
+from rig.topology import Topology, wait_listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,6 +169,44 @@ def reading(net: Topology, options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def cluster(options: argparse.Namespace) -> dict[str, Any]:
+    """Start one agent of a large cluster against a stand-in for its API server, and let Deployments roll."""
+    port = 6443
+    with Topology(pod_count=0) as net:
+        wanted = {
+            "--port": port,
+            "--nodes": options.nodes,
+            "--services": options.cluster_services,
+            "--endpoints": options.cluster_endpoints,
+        }
+        command = [sys.executable, "-m", "benchmarks.cluster_server"]
+        with net.on_node_bare.start(*command, *map(str, chain.from_iterable(wanted.items()))):
+            wait_listening(net.on_node_bare, port, timeout_s=120)
+            flags = {
+                "--url": f"http://127.0.0.1:{port}",
+                "--bpffs": net.bpffs,
+                "--cgroup": net.cgroup,
+                "--state-dir": net.directory / "state",
+                "--seconds": options.seconds,
+                "--map-size": "backends=524288",
+            }
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.cluster",
+                *map(str, chain.from_iterable(flags.items())),
+            ]
+            result = net.on_node_bare.run(*command, *map(str, options.rates), timeout_s=1800)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    figures = {
+        "cluster, start": found["start"],
+        "cluster, idle": found["idle"] | {"Service ports": found["services"]},
+    }
+    for step in found["rolling"]:
+        figures[f"cluster, {step['events_per_s']:.0f} changes/s"] = step
+    return figures
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     return {
@@ -205,7 +243,9 @@ def main() -> int:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "only", nargs="*", help="scale, connections, starts, reading, kubernetes, maglev (default: all)"
+        "only",
+        nargs="*",
+        help="scale, connections, starts, reading, kubernetes, maglev (default: all of these), cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
@@ -215,6 +255,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=80, help="of connections")
     parser.add_argument("--milliseconds", type=int, default=100, help="of connections in a turn")
     parser.add_argument("--starts", type=int, default=7, help="of the agent and of commands")
+    parser.add_argument("--nodes", type=int, default=5_000, help="of the cluster")
+    parser.add_argument("--cluster-services", type=int, default=5_000, help="of the cluster")
+    parser.add_argument("--cluster-endpoints", type=int, default=50, help="of each Service of the cluster")
+    parser.add_argument("--seconds", type=float, default=20, help="of each rate of changes")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[10, 50, 100, 200],
+        help="changes of EndpointSlices a second",
+    )
     options = parser.parse_args()
     wanted = options.only or ["scale", "connections", "starts", "reading", "kubernetes", "maglev"]
     figures: dict[str, Any] = {"machine": machine()}
@@ -233,6 +284,8 @@ def main() -> int:
                 figures["reading"] = reading(net, options)
         if "kubernetes" in wanted:
             figures["kubernetes"] = kubernetes(options)
+        if "cluster" in wanted:
+            figures |= cluster(options)
         if "starts" in wanted:
             figures["start"] = starts(options)
     except (AssertionError, subprocess.SubprocessError) as error:

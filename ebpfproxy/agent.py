@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 import ebpfproxy
-from ebpfproxy import config, files, health, host, log, metrics, netlink, runner, status
+from ebpfproxy import config, events, files, health, host, log, metrics, netlink, runner, status
 from ebpfproxy.alarm import Alarm
 from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ebpfproxy.config import Config
     from ebpfproxy.dataplane import Dataplane
+    from ebpfproxy.events import Event
     from ebpfproxy.model.objects import Problem
     from ebpfproxy.source import Source
 
@@ -208,6 +209,7 @@ class Agent:
         notifier: systemd.
         load_settings: reads the configuration anew at a reload.
         servers: of health and metrics; None = no port is opened.
+        tell: takes what an administrator must see at the Node.
 
     Raises:
         ConfigError: a range to allocate from is wrong.
@@ -224,7 +226,9 @@ class Agent:
         notifier: Notifier | None = None,
         load_settings: Callable[[], Config] | None = None,
         servers: health.Health | None = None,
+        tell: Callable[[Event], None] = lambda _: None,
     ) -> None:
+        self._tell = tell
         self.settings = settings
         self.node_name = host.node_name(settings.hostname_override)
         self._place = place
@@ -536,6 +540,9 @@ class Agent:
         gc.freeze()
         self._is_ready = True
         self._write_status()
+        passed_over = map(str, getattr(self._dataplane, "passed_over", ()))
+        for event in events.started(ebpfproxy.__version__, getattr(self._dataplane, "mode", ""), passed_over):
+            self._tell(event)
         _log.info("ready: %s, first sync in %.0f ms", self._summary(), took_s * 1000)
         self._notifier.ready(self._summary())
 
@@ -575,7 +582,10 @@ class Agent:
     # --- telling ---------------------------------------------------------------------------------
 
     def _report(self, group: str, texts: Sequence[str], level: int = logging.ERROR) -> None:
+        before = self._problems.of(group)
         self._problems.update(group, texts, level)
+        for event in events.appeared(group, before, texts):
+            self._tell(event)
 
     def _report_problems(self, group: str, problems: tuple[Problem, ...]) -> None:
         """Report problems of objects, with the file that each came from."""
@@ -709,6 +719,11 @@ def _run(options: Options, settings: Config) -> int:
         stack.callback(dataplane.close)
         network = HostNetwork(routes=bool(settings.local_devices))
         stack.callback(network.close)
+        tell: Callable[[Event], None] = lambda _: None
+        if origin.record is not None:
+            recorder = origin.record()
+            stack.callback(recorder.close)
+            tell = recorder.tell
         agent = Agent(
             settings,
             Place(origin.manifests, options.state_dir, origin.server),
@@ -718,6 +733,7 @@ def _run(options: Options, settings: Config) -> int:
             Notifier(),
             lambda: _settings(options),
             None if options.once else health.Health(dataplane.reading),
+            tell,
         )
         _handle_signals(agent)
         # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.

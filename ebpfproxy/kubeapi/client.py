@@ -76,6 +76,16 @@ class Client:
         finally:
             response.release_conn()
 
+    def post(self, path: str, content: bytes) -> None:
+        """Have the server make the object in ``content``, which is JSON.
+
+        Raises:
+            ApiError, SourceError: as ``get``.
+        """
+        response = self._request(path, {}, "identity", _ANSWER_S, content)
+        response.drain_conn()
+        response.release_conn()
+
     def stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Stream:
         """Return an answer that goes on; it ends with an error after ``silence_s`` without a byte.
 
@@ -91,15 +101,20 @@ class Client:
                 self._pools[1].clear()
 
     def _request(
-        self, path: str, query: Mapping[str, str], encoding: str, read_s: float
+        self,
+        path: str,
+        query: Mapping[str, str],
+        encoding: str,
+        read_s: float,
+        content: bytes | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        response = self._send(path, query, encoding, read_s)
+        response = self._send(path, query, encoding, read_s, content)
         if response.status == 401:  # rotated since we read it, or revoked
             response.drain_conn()
             response.release_conn()
             self._credentials.expire()
-            response = self._send(path, query, encoding, read_s)
-        if response.status == 200:
+            response = self._send(path, query, encoding, read_s, content)
+        if response.status in (200, 201):
             return response
         with suppress(*_FAILURES):
             body = response.read(_ERROR_MAX)
@@ -107,8 +122,14 @@ class Client:
         raise self._refused(path, response, body)
 
     def _send(
-        self, path: str, query: Mapping[str, str], encoding: str, read_s: float
+        self,
+        path: str,
+        query: Mapping[str, str],
+        encoding: str,
+        read_s: float,
+        content: bytes | None,
     ) -> urllib3.BaseHTTPResponse:
+        """Ask; with ``content`` to make something of it."""
         number = self._server
         headers = urllib3.HTTPHeaderDict(
             {
@@ -119,12 +140,15 @@ class Client:
         )
         for name, value in self._credentials.headers():
             headers.add(name, value)
+        if content is not None:
+            headers["Content-Type"] = "application/json"
         pools = self._manager()
         url = f"{self._access.servers[number].rstrip('/')}{path}?{urlencode(query)}"
         try:
             return pools.request(
-                "GET",
+                "GET" if content is None else "POST",
                 url,
+                body=content,
                 headers=headers,
                 preload_content=False,
                 redirect=False,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ebpfproxy.kubeapi.access import Access
     from ebpfproxy.kubeapi.client import Client
+    from ebpfproxy.kubeapi.recorder import Recorder
     from ebpfproxy.source import Source
 
 
@@ -26,11 +27,13 @@ class Origin(msgspec.Struct, frozen=True):
         make: makes a source; may raise SourceError.
         manifests: the directory; "" for an API server.
         server: URL of the API server; "" for a directory.
+        record: makes what writes events to the API server.
     """
 
     make: Callable[[], Source]
     manifests: str = ""
     server: str = ""
+    record: Callable[[], Recorder] | None = None
 
 
 def choose(manifests: Path | None, flags: access.Flags, node_name: str, state_dir: Path) -> Origin:
@@ -54,7 +57,11 @@ def choose(manifests: Path | None, flags: access.Flags, node_name: str, state_di
             "--master URL (this is no pod with a service account)"
         )
     found = access.find(flags, os.environ)
-    return Origin(lambda: _kubernetes(access.find(flags, os.environ), node_name), server=found.servers[0])
+    return Origin(
+        lambda: _kubernetes(access.find(flags, os.environ), node_name),
+        server=found.servers[0],
+        record=lambda: _recorder(found, node_name),
+    )
 
 
 def _directory(manifests: Path, state_dir: Path) -> Source:
@@ -67,9 +74,16 @@ def _directory(manifests: Path, state_dir: Path) -> Source:
 def _kubernetes(found: Access, node_name: str) -> Source:
     from ebpfproxy.source.kubernetes import KubernetesSource
 
-    def connect() -> Client:
-        from ebpfproxy.kubeapi.client import Client  # beside the kernel's work on the programs
+    return KubernetesSource(lambda: _connect(found), node_name)
 
-        return Client(found)
 
-    return KubernetesSource(connect, node_name)
+def _recorder(found: Access, node_name: str) -> Recorder:
+    from ebpfproxy.kubeapi.recorder import Recorder
+
+    return Recorder(lambda: _connect(found), node_name)
+
+
+def _connect(found: Access) -> Client:
+    from ebpfproxy.kubeapi.client import Client  # beside the kernel's work on the programs
+
+    return Client(found)

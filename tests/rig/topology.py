@@ -182,9 +182,10 @@ def offloads(place: Place, device: str, state: str, features: Sequence[str]) -> 
     place.run("ethtool", "-K", device, *[word for feature in features for word in (feature, state)])
 
 
-def wait_listening(place: Place, port: int, *, udp: bool = False) -> None:
+def wait_listening(place: Place, port: int, *, udp: bool = False, timeout_s: float = 30) -> None:
     """Wait until something in the namespace listens on ``port``."""
     eventually(
         lambda: place.run("ss", "-Hln", "-u" if udp else "-t", f"sport = :{port}").stdout,
         f"a listener on port {port}",
+        timeout_s=timeout_s,
     )

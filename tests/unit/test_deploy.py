@@ -171,7 +171,7 @@ def test_it_writes_nothing_to_the_cluster_but_events() -> None:
         "nodes": {"list", "watch"},
         "endpoints": {"list", "watch"},
         "endpointslices": {"list", "watch"},
-        "events": {"create", "patch"},
+        "events": {"create"},
     }
 
 
