@@ -719,11 +719,9 @@ def _run(options: Options, settings: Config) -> int:
         stack.callback(dataplane.close)
         network = HostNetwork(routes=bool(settings.local_devices))
         stack.callback(network.close)
-        tell: Callable[[Event], None] = lambda _: None
-        if origin.record is not None:
-            recorder = origin.record()
+        recorder = origin.record() if origin.record else None
+        if recorder is not None:
             stack.callback(recorder.close)
-            tell = recorder.tell
         agent = Agent(
             settings,
             Place(origin.manifests, options.state_dir, origin.server),
@@ -733,7 +731,7 @@ def _run(options: Options, settings: Config) -> int:
             Notifier(),
             lambda: _settings(options),
             None if options.once else health.Health(dataplane.reading),
-            tell,
+            recorder.tell if recorder is not None else lambda _: None,
         )
         _handle_signals(agent)
         # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.

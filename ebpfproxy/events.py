@@ -1,7 +1,7 @@
 """What an administrator must see at the Node object: events, and how many of them are told.
 
-Pure: nothing is sent from here. An event is told when a problem appears; the same one not again for a while, and
-never many at once: the API server has other things to do while a cluster is in trouble.
+Pure: nothing is sent from here. An event is told when a problem appears; the same one not again for a while,
+and never many at once: the API server has other things to do while a cluster is in trouble.
 
 Source: Event of events.k8s.io/v1; reasons that kube-proxy has are used with its words.
 """
@@ -21,7 +21,7 @@ API_PATH = "/apis/events.k8s.io/v1/namespaces/default/events"
 _CONTROLLER = "ebpfproxy"
 _NOTE_MAX = 1024  # bytes; the API refuses more
 
-#: Groups of the agent's problems -> reason of their events. The others are of no use at a Node: the log has them.
+#: Groups of the agent's problems -> reason of their events. The log has the others.
 REASONS = {
     "sync": "SyncFailed",
     "upkeep": "UpkeepFailed",

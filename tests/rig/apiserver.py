@@ -48,6 +48,7 @@ class ApiServer:
 
     Attributes:
         requests: everything that was asked.
+        posted: what clients had it make, by path.
         refuse: is asked before every answer; returns a Status to give instead, or None.
         pace: bytes and pause in between, in which streams are written; None = at once.
         sends_bookmarks: whether a new watch gets one at once.
@@ -63,6 +64,7 @@ class ApiServer:
     ) -> None:
         self.model = model
         self.requests: list[Request] = []
+        self.posted: list[tuple[str, Document]] = []
         self.refuse: Callable[[Request], Refusal | None] = lambda _: None
         self.pace: tuple[int, float] | None = None
         self.sends_bookmarks = False
@@ -245,6 +247,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, self.api.model.page(request.path, request.query))
         except Refusal as refusal:
             self._send(refusal.code, refusal.status)
+
+    def do_POST(self) -> None:
+        """Take one object."""
+        url = urlsplit(self.path)
+        request = Request(url.path, {}, dict(self.headers), self._client())
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if (refusal := self.api.refuse(request)) is not None:
+            self._send(refusal.code, refusal.status)
+            return
+        self.api.posted.append((url.path, content))
+        self._send(201, content)
 
     def _client(self) -> str:
         if not isinstance(self.request, ssl.SSLSocket):

@@ -32,6 +32,8 @@ from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeServers, FakeS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ebpfproxy.events import Event
+
 A = ObjectKey("Service", "default", "a")
 TAINT = Taint("ToBeDeletedByClusterAutoscaler", effect="NoSchedule")
 
@@ -58,6 +60,7 @@ class Running:
         self.network = FakeNetwork("192.0.2.1")
         self.notifier = FakeNotifier()
         self.servers = FakeServers()
+        self.events: list[Event] = []
         self.settings = Config(hostname_override="node-1", **settings)
         self.load: Callable[[], Config] = lambda: self.settings
         self.agent = Agent(
@@ -69,6 +72,7 @@ class Running:
             self.notifier,
             self._load,
             self.servers,
+            self.events.append,
         )
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -525,6 +529,18 @@ def test_local_sources_behind_devices_follow_the_routes(running: Callable[..., R
     it.network.behind = {("br0",): frozenset({"10.2.0.0/24"})}
     it.network.set("192.0.2.1")
     until(lambda: it.dataplane.states[-1].local_sources == {"10.2.0.0/24"})
+
+
+def test_an_administrator_is_told_of_the_start_and_of_failures(running: Callable[..., Running]) -> None:
+    it = running()
+    it.start().source.put(Set(service("a", 1), "a.yaml"), Synced("objects"))
+    it.serves(a=1)
+    until(lambda: [each.reason for each in it.events] == ["Starting"])
+    it.dataplane.failures = [DataplaneError("no room"), DataplaneError("no room")]
+    it.source.put(Set(service("a", 2), "a.yaml"))
+    it.serves(a=2)
+    assert [each.reason for each in it.events[1:]] == ["SyncFailed"], "once, however often it is tried"
+    assert "no room" in it.events[1].note
 
 
 def test_bind_address_is_the_primary_address(running: Callable[..., Running]) -> None:
