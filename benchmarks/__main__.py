@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import maglev, state
+from benchmarks import maglev, state, userspace
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument(
         "only",
         nargs="*",
-        help="scale, connections, starts, reading, kubernetes, maglev (default: all of these), cluster",
+        help="scale, connections, starts, reading, kubernetes, maglev, userspace (default: all of these), cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
@@ -267,7 +267,15 @@ def main() -> int:
         help="changes of EndpointSlices a second",
     )
     options = parser.parse_args()
-    wanted = options.only or ["scale", "connections", "starts", "reading", "kubernetes", "maglev"]
+    wanted = options.only or [
+        "scale",
+        "connections",
+        "starts",
+        "reading",
+        "kubernetes",
+        "maglev",
+        "userspace",
+    ]
     figures: dict[str, Any] = {"machine": machine()}
     if "maglev" in wanted:
         figures["maglev"] = maglev.measure()
@@ -288,6 +296,9 @@ def main() -> int:
             figures |= cluster(options)
         if "starts" in wanted:
             figures["start"] = starts(options)
+        if "userspace" in wanted:
+            with connect_program() as program:
+                figures |= userspace.measure(options, program, PORT)
     except (AssertionError, subprocess.SubprocessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import struct
@@ -560,6 +561,28 @@ def test_many_connections_at_once(bench: Bench) -> None:
         there.sendall(b"ok")
         assert here.recv(2) == b"ok"
     assert count == 2000, f"this machine allows only {count} connections in one test process"
+
+
+def test_clients_wait_where_descriptors_are_short(bench: Bench) -> None:
+    """No client is turned away: who has no room waits in the kernel's queue until others end."""
+    backend = bench.bound(TCP)
+    where = bench.serve([target(backend)])
+    resource.prlimit(bench.proxy.hello.pid, resource.RLIMIT_NOFILE, (48, 48))
+    clients = [bench.connect(where) for _ in range(40)]
+    eventually(lambda: bench.proxy.counts().limits, "the shortage")
+    for number, here in enumerate(clients):
+        here.sendall(struct.pack("!I", number))
+    seen = set()
+    for _ in clients:
+        there, _ = backend.accept()
+        with there:
+            there.settimeout(TIMEOUT_S)
+            seen.add(struct.unpack("!I", there.recv(4))[0])
+        # The backend has closed; when its client does, there is room for another.
+        for number in seen:
+            clients[number].close()
+    assert seen == set(range(40))
+    assert bench.proxy.counts().failures == 0
 
 
 def _refused(where: tuple[str, int]) -> bool:

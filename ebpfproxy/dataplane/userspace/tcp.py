@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from ebpfproxy.dataplane.userspace.hub import Hub
     from ebpfproxy.dataplane.userspace.protocol import Target
 
-#: How long a backend has to answer, one silence after the other: kube-proxy's userspace mode has the same.
-#: After the last one the client is reset. A backend that refuses costs no time and is not tried again.
-ANSWER_S = (0.25, 0.5, 1.0, 2.0)
+#: How long a backend has to answer, one silence after the other: as kube-proxy's userspace mode up to 2 s,
+#: then on, since one whose queue is full is silent too. After the last one the client is reset. A backend
+#: that refuses costs no time and is not tried again.
+ANSWER_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: Errors of accept() for want of room.
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BATCH = 64  # accepted in one go, so that those who are connected get their turn
-_PAUSE_S = 0.1
+_PAUSE_S = 0.1  # until there may be descriptors again
+_SHORTAGES_MAX = 100  # such pauses for one client
 _RESET = struct.pack("ii", 1, 0)  # close() sends RST, socket(7)
 
 
@@ -110,7 +112,7 @@ class TcpAcceptor:
     async def _connect(self, key: str, client: tuple[str, int]) -> tuple[socket.socket, Target] | None:
         """Return a socket that is connected to a backend, and which one; None: nobody answers."""
         waiting = collections.deque(self._hub.order(key, client))
-        silences = 0
+        silences = shortages = 0
         while waiting and silences < len(ANSWER_S):
             target = waiting.popleft()
             try:
@@ -119,9 +121,12 @@ class TcpAcceptor:
                 silences += 1
                 waiting.append(target)  # it may just be slow: the others first
             except OSError as error:
-                if error.errno in NO_ROOM:
+                if error.errno in NO_ROOM and shortages < _SHORTAGES_MAX:
+                    shortages += 1
                     self._hub.tally.limits += 1
-                    return None
+                    waiting.appendleft(target)
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
             self._hub.tally.retries += bool(waiting)
         return None
 
