@@ -22,17 +22,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ebpfproxy import netlink
 from ebpfproxy.errors import DataplaneError
+from ebpfproxy.xtables.chains import BUILT_IN, TABLES, source, target
+from ebpfproxy.xtables.names import is_of_service
+from ebpfproxy.xtables.tool import VARIANTS, Tool, can_read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ebpfproxy.xtables.chains import Saved
 
 DEVICE = "kube-ipvs0"
 KEEPER = "ebpfproxy-takeover"  # our nftables table
 _NFT_TABLE = "kube-proxy"
 _IPVS, _IPVS_CONNECTIONS = Path("/proc/net/ip_vs"), Path("/proc/net/ip_vs_conn")
 
-# Chains of one Service or endpoint, by the hash in their names; XLB is what EXT and SVL were before 1.24.
-_HASHED = re.compile(r"KUBE-(SVC|SVL|SEP|EXT|FW|XLB)-[A-Z2-7]{16}")
 _CHAINS: Mapping[str, frozenset[str]] = {
     "nat": frozenset(
         (
@@ -68,8 +71,8 @@ _SETS = frozenset(
     )
 )
 _IPVS_PROTOCOLS = {"-t": "TCP", "-u": "UDP", "--sctp-service": "SCTP"}
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-_JUMP = re.compile(r"(?:^| )(?:-j|-g|--jump|--goto) (\S+)")
+# iptables-nft-restore takes a time that grows with the square of the chains in one COMMIT (seen in 1.8.9).
+_BLOCK = 250
 
 
 # --- pure: what to remove ----------------------------------------------------------------------------
@@ -83,64 +86,58 @@ class Removal(NamedTuple):
     kept: tuple[str, ...]  # "table chain (who uses it)", those of kube-proxy's that others need
 
 
-def removal(saved: str) -> Removal:
-    """Return how kube-proxy's chains, and the jumps to them, go from ``saved``, the text of iptables-save.
+def removal(saved: Mapping[str, Saved]) -> Removal:
+    """Return how kube-proxy's chains, and the jumps to them, go from tables.
 
     A chain that a chain of somebody else jumps to stays, with all that it leads to: CNI's portmap may be told
     to use KUBE-MARK-MASQ.
     """
-    parts, gone, kept = [], [], []
-    for table, lines in _tables(saved):
-        builtin = {line[1:].split()[0] for line in lines if line[0] == ":" and line.split()[1] != "-"}
-        chains = {line[1:].split()[0] for line in lines if line[0] == ":"} - builtin
-        rules = [(line.split()[1], line) for line in lines if line.startswith("-A ")]
-        ours = {name for name in chains if name in _CHAINS.get(table, ()) or _HASHED.fullmatch(name)}
-        users = _users(ours, builtin, rules)
+    text, gone, kept = "", [], []
+    for table, found in saved.items():
+        ours = {name for name in found.chains if name in _CHAINS.get(table, ()) or is_of_service(name)}
+        users = _users(ours, found.rules)
         ours -= users.keys()
         kept += [f"{table} {name} (used by {users[name]})" for name in sorted(users)]
         gone += [f"{table} {name}" for name in sorted(ours)]
-        if ours:
-            jumps = [f"-D{line[2:]}" for chain, line in rules if chain in builtin and _target(line) in ours]
-            flushed = [f":{name} - [0:0]" for name in sorted(ours)]
-            deleted = [f"-X {name}" for name in sorted(ours)]
-            parts += [f"*{table}", *flushed, *jumps, *deleted, "COMMIT"]
-    return Removal("".join(f"{line}\n" for line in parts), tuple(gone), tuple(kept))
+        jumps = [rule for rule in found.rules if source(rule) in BUILT_IN and target(rule) in ours]
+        text += _sections(table, [f"-D{rule[2:]}" for rule in jumps], sorted(ours, key=is_of_service))
+    return Removal(text, tuple(gone), tuple(kept))
 
 
-def _tables(saved: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each table's name and its lines of chains and rules."""
-    table = ""
-    lines: list[str] = []
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            table, lines = line[1:].strip(), []
-        elif line.strip() == "COMMIT":
-            yield table, lines
-        elif line.startswith((":", "-A ")):
-            lines.append(line)
+def _sections(table: str, jumps: list[str], chains: list[str]) -> str:
+    """Return the transactions that empty chains and take them away; those of Services stand last.
+
+    Nothing leads to a chain any more when it goes: the jumps and the common chains come first, and all are
+    empty before the first is deleted.
+    """
+    if not chains:
+        return ""
+    flushed = [f":{name} - [0:0]" for name in chains]
+    deleted = [f"-X {name}" for name in chains]
+    if len(chains) <= _BLOCK:
+        return _section(table, [*flushed, *jumps, *deleted])
+    parts = [[*flushed[:_BLOCK], *jumps]]
+    parts += [flushed[at : at + _BLOCK] for at in range(_BLOCK, len(flushed), _BLOCK)]
+    parts += [deleted[at : at + _BLOCK] for at in range(0, len(deleted), _BLOCK)]
+    return "".join(_section(table, each) for each in parts)
 
 
-def _target(rule: str) -> str:
-    """Return the chain or target that a rule leads to; what a comment says is no part of it."""
-    found = _JUMP.search(_QUOTED.sub("", rule))
-    return found[1] if found else ""
+def _section(table: str, lines: list[str]) -> str:
+    return "\n".join([f"*{table}", *lines, "COMMIT", ""])
 
 
-def _users(ours: set[str], builtin: set[str], rules: list[tuple[str, str]]) -> dict[str, str]:
+def _users(ours: set[str], rules: Sequence[str]) -> dict[str, str]:
     """Return those of ``ours`` that have to stay -> the chain of somebody else that needs them."""
-    users = {
-        _target(line): chain
-        for chain, line in rules
-        if _target(line) in ours and chain not in ours and chain not in builtin
-    }
-    if _MASQUERADE & users.keys():
-        users |= {name: users[next(iter(_MASQUERADE & users.keys()))] for name in _MASQUERADE & ours}
+    leads = [(source(rule), target(rule)) for rule in rules]
+    users = {to: chain for chain, to in leads if to in ours and chain not in ours | BUILT_IN}
+    if found := _MASQUERADE & users.keys():
+        users |= dict.fromkeys(_MASQUERADE & ours, users[min(found)])
     waiting = list(users)
     while waiting:
         chain = waiting.pop()
-        for target in {_target(line) for source, line in rules if source == chain} & (ours - users.keys()):
-            users[target] = users[chain]
-            waiting.append(target)
+        for to in {to for by, to in leads if by == chain} & (ours - users.keys()):
+            users[to] = users[chain]
+            waiting.append(to)
     return users
 
 
@@ -242,7 +239,7 @@ def cleanup(*, now: bool = False) -> list[str]:
     """
     done: list[str] = []
     nft = _Nft()
-    removals = [(variant, removal(_run([f"{variant}-save"]))) for variant in _variants()]
+    removals = [(tool, removal({table: tool.save(table) for table in TABLES})) for tool in _tools()]
     script = nft_script(nft.tables())
     servers = _virtual_servers()
     is_there = bool(script or servers or any(each.text for _, each in removals))
@@ -254,11 +251,11 @@ def cleanup(*, now: bool = False) -> list[str]:
     if is_there and nft.path:
         nft.run(keeper_script(("ip", "ip6")))
         done.append(f"added nftables table {KEEPER}: it keeps connections that kube-proxy translated")
-    for variant, each in removals:
+    for tool, each in removals:
         if each.text:
-            _run([f"{variant}-restore", "--noflush", "--wait", "5"], each.text)
-        done += [f"removed {variant} chain {name}" for name in each.chains]
-        done += [f"kept {variant} chain {name}" for name in each.kept]
+            tool.restore(each.text)
+        done += [f"removed {tool.name} chain {name}" for name in each.chains]
+        done += [f"kept {tool.name} chain {name}" for name in each.kept]
     if script:
         nft.run(script)
         done += [f"removed nftables {line.removeprefix('delete ')}" for line in script.splitlines()]
@@ -298,13 +295,10 @@ class _Nft:
         _run([self.path, "-f", "-"], script)
 
 
-def _variants() -> list[str]:
-    """Return the iptables tools that are here; legacy and nft keep rules of their own."""
-    found = []
-    for family in ("iptables", "ip6tables"):
-        named = [f"{family}-{kind}" for kind in ("nft", "legacy") if shutil.which(f"{family}-{kind}-save")]
-        found += named or [family for _ in [0] if shutil.which(f"{family}-save")]
-    return found
+def _tools() -> list[Tool]:
+    """Return the iptables tools to look with; legacy and nft keep rules of their own."""
+    every = [Tool(family, variant) for family in (4, 6) for variant in VARIANTS]
+    return [tool for tool in every if tool.is_installed() and tool.is_in_use() and can_read(tool)]
 
 
 def _remove_sets() -> list[str]:

