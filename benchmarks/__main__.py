@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument(
         "only",
         nargs="*",
-        help="scale, connections, starts, reading, kubernetes, maglev, userspace (default: all of these), cluster",
+        help="scale, connections, starts, reading, kubernetes, maglev, userspace (default: these), cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)

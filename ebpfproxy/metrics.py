@@ -70,9 +70,7 @@ class RuleCounts(msgspec.Struct, frozen=True):
     iptables_total: Mapping[tuple[str, ...], int] = {}  # ip_family, table -> rules that are ours
     iptables_last: Mapping[tuple[str, ...], int] = {}  # ip_family, table -> rules written by the last sync
     restore_failures: Mapping[tuple[str, ...], int] = {}  # ip_family -> iptables-restore failed
-    partial_restore_failures: Mapping[tuple[str, ...], int] = {}  # ip_family -> and a full one was needed
     nftables_sync_failures: Mapping[tuple[str, ...], int] = {}  # ip_family
-    nftables_cleanup_failures: Mapping[tuple[str, ...], int] = {}  # ip_family
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -395,25 +393,11 @@ METRICS = (
         lambda s: s.facts.rules.restore_failures,
     ),
     Metric(
-        "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
-        "counter",
-        "Mode iptables: it refused what changed, and everything was written anew.",
-        _FAMILY,
-        lambda s: s.facts.rules.partial_restore_failures,
-    ),
-    Metric(
         "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
         "counter",
         "Mode nftables: the kernel refused a transaction.",
         _FAMILY,
         lambda s: s.facts.rules.nftables_sync_failures,
-    ),
-    Metric(
-        "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
-        "counter",
-        "Mode nftables: chains no longer used could not be removed.",
-        _FAMILY,
-        lambda s: s.facts.rules.nftables_cleanup_failures,
     ),
     Metric(
         "kubeproxy_proxy_healthz_total", "counter", "Answers of /healthz.", ("code",), _answers("/healthz")

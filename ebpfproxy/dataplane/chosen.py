@@ -122,6 +122,11 @@ class ChosenDataplane:
         """The devices whose packets are looked at, where the mode chooses them."""
         return tuple(getattr(self._dataplane, "devices", ()))
 
+    @property
+    def rule_counts(self) -> metrics.RuleCounts | None:
+        """What a mode that is made of rules counts of them."""
+        return getattr(self._dataplane, "rule_counts", None)
+
     # -- work ------------------------------------------------------------------------------------
 
     def sync(self, state: DesiredState) -> None:

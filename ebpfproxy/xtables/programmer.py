@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ebpfproxy.diff import Delta, diff
+from ebpfproxy.errors import DataplaneError
 from ebpfproxy.xtables import names
 from ebpfproxy.xtables.chains import (
     TABLES,
@@ -57,12 +58,19 @@ class Programmer:
         tool: what writes them.
         mode: the dataplane's, for the canary.
         unordered: chains where only the rules count, not their order.
+
+    Attributes:
+        written: table -> rules that the last ``apply`` wrote.
+        failures: how often one was refused.
     """
 
     def __init__(self, tool: Tool, mode: str, unordered: Collection[Chain] = ()) -> None:
         self.tool, self._mode, self._unordered = tool, mode, frozenset(unordered)
         self._have: dict[Chain, Rules] | None = None  # None: has to be read
         self._jumps: set[Jump] = set()  # that are there
+        self._totals: tuple[object, dict[str, int]] = (None, {})  # of these chains
+        self.written: dict[str, int] = {}
+        self.failures = 0
 
     def apply(self, want: Mapping[Chain, Rules], jumps: Sequence[Jump]) -> int:
         """Make exactly these chains be there; the canaries are added to them.
@@ -102,9 +110,22 @@ class Programmer:
             _BLOCK[self.tool.variant],
         )
         if text:
-            self.tool.restore(text)
+            try:
+                self.tool.restore(text)
+            except DataplaneError:
+                self.failures += 1
+                raise
+        self.written = _count({chain: delta.upsert[chain] for chain in delta.upsert if chain not in edits})
+        for chain, change in edits.items():
+            self.written[chain.table] += len(change.insert)
         self._have, self._jumps = full, present | set(jumps)
         return len(delta.upsert) + len(delta.delete)
+
+    def totals(self) -> dict[str, int]:
+        """Return table -> rules that are ours."""
+        if self._totals[0] is not self._have:
+            self._totals = self._have, _count(self._have or {})
+        return self._totals[1]
 
     def _edits(self, delta: Delta[Chain, Rules]) -> dict[Chain, Edit]:
         """Return the chains that need not be written anew."""
@@ -123,6 +144,14 @@ class Programmer:
     def is_intact(self) -> bool:
         """Return whether nobody flushed the rules since the last ``apply``."""
         return all(owner(self.tool.rules(*chain)) == self._mode for chain in CANARIES)
+
+
+def _count(chains: Mapping[Chain, Rules]) -> dict[str, int]:
+    """Return table -> rules."""
+    counts = dict.fromkeys(TABLES, 0)
+    for chain, rules in chains.items():
+        counts[chain.table] += len(rules)
+    return counts
 
 
 def _ours(saved: Saved) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from ebpfproxy.dataplane.iptables.render import (
 )
 from ebpfproxy.dataplane.iptables.unsupported import unsupported
 from ebpfproxy.diff import Delta, diff
+from ebpfproxy.errors import DataplaneError
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
@@ -46,6 +48,10 @@ from ebpfproxy.xtables.chains import (
     target,
     transaction,
 )
+from ebpfproxy.xtables.programmer import Programmer
+
+if TYPE_CHECKING:
+    from ebpfproxy.xtables.tool import Tool
 
 REJECT, DROP = Pool(()), Pool((), Empty.DROP)
 CONTEXT = Context(local_sources=("10.0.0.0/8",), masquerades_outside=True)
@@ -362,3 +368,34 @@ def test_unsupported_names_what_is_not_done() -> None:
         "SCTP is not served, as the kernel has no match sctp",
         "NodePorts do not answer on ::1, for IPv6 has no route_localnet",
     ]
+
+
+class RefusingTool:
+    """Stands for iptables: takes everything, or nothing."""
+
+    variant, family, name = "nft", 4, "iptables-nft"
+
+    def __init__(self) -> None:
+        self.refuses = False
+
+    def save(self, table: str) -> Saved:
+        return Saved(frozenset(), ())
+
+    def restore(self, text: str) -> None:
+        if self.refuses:
+            raise DataplaneError("no")
+
+
+def test_rules_are_counted_by_table() -> None:
+    tool = RefusingTool()
+    programmer = Programmer(cast("Tool", tool), "iptables")
+    chains = {Chain("nat", "KUBE-A"): ("-j B", "-j C"), Chain("filter", "KUBE-D"): ("-j E",)}
+    programmer.apply(chains, ())
+    assert programmer.totals() == {"mangle": 1, "filter": 2, "nat": 3} == programmer.written
+    programmer.apply(chains | {Chain("nat", "KUBE-A"): ("-j B",)}, ())
+    assert programmer.totals() == {"mangle": 1, "filter": 2, "nat": 2}
+    assert programmer.written == {"mangle": 0, "filter": 0, "nat": 1}
+    tool.refuses = True
+    with pytest.raises(DataplaneError):
+        programmer.apply({}, ())
+    assert programmer.failures == 1

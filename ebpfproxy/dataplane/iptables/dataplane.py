@@ -21,6 +21,7 @@ from ebpfproxy.dataplane.iptables.render import (
 )
 from ebpfproxy.dataplane.iptables.unsupported import unsupported
 from ebpfproxy.errors import DataplaneError, UnsupportedError
+from ebpfproxy.metrics import RuleCounts
 from ebpfproxy.xtables.programmer import Programmer
 from ebpfproxy.xtables.tool import Tool, can_read, choose_variant
 
@@ -156,6 +157,24 @@ class IptablesDataplane:
             families=frozenset(each.tool.family for each in self._families),
             has_affinity=not any(each.lacks("recent") for each in self._families),
             has_sctp=not any(each.lacks("sctp") for each in self._families),
+        )
+
+    @property
+    def rule_counts(self) -> RuleCounts:
+        """How many rules there are, and how often some were refused."""
+        families = {f"IPv{each.tool.family}": each.programmer for each in self._families}
+        return RuleCounts(
+            iptables_total={
+                (family, table): count
+                for family, each in families.items()
+                for table, count in each.totals().items()
+            },
+            iptables_last={
+                (family, table): count
+                for family, each in families.items()
+                for table, count in each.written.items()
+            },
+            restore_failures={(family,): each.failures for family, each in families.items()},
         )
 
     # -- inside ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ebpfproxy.dataplane.nftables import kernel
 from ebpfproxy.dataplane.nftables.render import TABLE, base, header
 from ebpfproxy.dataplane.nftables.tables import Tables, transaction
 from ebpfproxy.errors import DataplaneError, KernelError, UnsupportedError
+from ebpfproxy.metrics import RuleCounts
 from ebpfproxy.model.services import FrontendKind, Scheduler
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class NftablesDataplane:
         self._cleaner = UdpCleaner()
         self._state: DesiredState | None = None
         self._setting_problems: list[str] = []
+        self._failures = 0
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -76,8 +78,9 @@ class NftablesDataplane:
         self._state = state
         try:
             self._program(state)
-        except BaseException:
+        except BaseException as error:
             self._tables, self._generation = None, None
+            self._failures += isinstance(error, DataplaneError)
             raise
         try:
             self._cleaner.clean(state)
@@ -99,6 +102,13 @@ class NftablesDataplane:
     def unsupported(self, state: DesiredState) -> list[str]:
         """Return one sentence for each thing in ``state`` that this dataplane does not do."""
         return unsupported(state)
+
+    @property
+    def rule_counts(self) -> RuleCounts:
+        """How often a transaction was refused; one is for both families."""
+        return RuleCounts(
+            nftables_sync_failures={(f"IPv{family}",): self._failures for family in self._families}
+        )
 
     # -- inside ----------------------------------------------------------------------------------
 
