@@ -1,9 +1,9 @@
 """One connection through the proxy's pump, in a process of its own: how fast, by splice and by copying.
 
-Usage: python -m benchmarks.copying splice|copy|transports asyncio|uvloop MEBIBYTES
+Usage: python -m benchmarks.copying splice|copy|transports asyncio|uvloop transfer|questions MEBIBYTES|COUNT
 
-Prints JSON: Gbit/s of one transfer, and 64-byte questions answered per second. ``transports`` is what one
-would write with asyncio's Protocol; nothing else uses it.
+Prints JSON: seconds, and seconds of processor time that the relaying process used, which depend less on what
+else the machine does. ``transports`` is what one would write with asyncio's Protocol; nothing else uses it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import time
 from typing import cast
 
 from ebpfproxy.dataplane.userspace.pump import Connection, Pipes
-
-QUESTIONS = 10_000
 
 
 class NoPipes(Pipes):
@@ -107,31 +105,28 @@ def bound() -> socket.socket:
     return made
 
 
-def measure(address: tuple[str, int], size: int) -> dict[str, float]:
-    """Return the figures of a client at ``address``."""
+def transfer(address: tuple[str, int], size: int) -> None:
+    """Send ``size`` MiB and wait until the other side has them."""
     block = bytes(1 << 20)
     with socket.create_connection(address) as client:
         client.sendall(b"S")
-        begin = time.perf_counter()
         for _ in range(size):
             client.sendall(block)
         client.shutdown(socket.SHUT_WR)
         client.recv(1)
-        took_s = time.perf_counter() - begin
+
+
+def questions(address: tuple[str, int], count: int) -> None:
+    """Ask ``count`` times and wait for each answer."""
     with socket.create_connection(address) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.sendall(b"E")
-        begin = time.perf_counter()
-        for _ in range(QUESTIONS):
-            client.sendall(block[:64])
+        for _ in range(count):
+            client.sendall(bytes(64))
             client.recv(100)
-        return {
-            "gbit_per_s": size * len(block) * 8 / took_s / 1e9,
-            "answers_per_s": QUESTIONS / (time.perf_counter() - begin),
-        }
 
 
-def main(kind: str, loop: str, size: int) -> None:
+def main(kind: str, loop: str, what: str, size: int) -> None:
     """Make the two other processes, and be the client."""
     backend, front = bound(), bound()
     children = []
@@ -145,13 +140,16 @@ def main(kind: str, loop: str, size: int) -> None:
                 asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
             asyncio.run(relay(kind, front, backend.getsockname()))
         children.append(child)
+    begin = time.perf_counter()
     try:
-        print(json.dumps(measure(front.getsockname(), size)))
+        (transfer if what == "transfer" else questions)(front.getsockname(), size)
+        took_s = time.perf_counter() - begin
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        used = [os.wait4(child, 0)[2] for child in children][1]
+    print(json.dumps({"s": took_s, "cpu_s": used.ru_utime + used.ru_stime}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import sys
 from contextlib import ExitStack
@@ -14,8 +15,10 @@ from benchmarks.figures import spread
 from ebpfproxy.dataplane.userspace import protocol
 from rig.agent import Agent
 from rig.objects import endpoint_slice, service
+from rig.process import HERE
 from rig.servers import iperf3_server
 from rig.topology import NODE_IPS, Topology
+from rig.wait import eventually
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +29,7 @@ VIP, HTTP, IPERF, HOLD = "10.96.0.10", 80, 5201, 7
 HOLD_CHILD = Path(__file__).with_name("hold.py")
 MANY = 10_000  # or what one process may have: two descriptors each
 MEBIBYTES = 1024
-COPYING = [("splice", "asyncio"), ("copy", "asyncio"), ("transports", "asyncio")]
+QUESTIONS = 10_000
 
 
 def measure(options: argparse.Namespace, program: Path, server_port: int) -> dict[str, Any]:
@@ -64,8 +67,12 @@ def measure(options: argparse.Namespace, program: Path, server_port: int) -> dic
         places = {"node": net.on_node_bare, "outside": net.from_outside}
         for name, place in places.items():
             vip = (VIP, HTTP) if name == "node" else (NODE_IPS[0], 30080)
+            before, used_s = proxy_counts(agent)
             rates = _rates(options, program, place, vip, (pod.v4, server_port))
+            after, used_s = proxy_counts(agent)[0], proxy_counts(agent)[1] - used_s
             figures |= {f"connections a second, {name}, {how}": each for how, each in rates.items()}
+            count = after.connections - before.connections
+            figures[f"CPU us a connection, {name}, proxy"] = used_s * 1e6 / count
             port = IPERF if name == "node" else 30081
             for how, target in (("proxy", (vip[0], port)), ("direct", (pod.v4, IPERF))):
                 figures[f"Gbit/s, {name}, {how}"] = _gbit(place, *target)
@@ -86,35 +93,52 @@ def _rates(
 
 
 def _gbit(place: Place, address: str, port: int) -> Any:
-    rates = []
-    for _ in range(3):
-        said = json.loads(place.run("iperf3", "-J", "-t", "2", "-c", address, "-p", str(port)).stdout)
-        rates.append(said["end"]["sum_received"]["bits_per_second"] / 1e9)
-    return spread(rates)
+    def run() -> Any:
+        """Return the report; None while the server is busy with the end of the run before."""
+        command = ["iperf3", "-J", "-t", "2", "-c", address, "-p", str(port)]
+        said = json.loads(place.run(*command, check=False).stdout)
+        return None if "error" in said else said
+
+    reports = [eventually(run, "iperf3") for _ in range(3)]
+    return spread([each["end"]["sum_received"]["bits_per_second"] / 1e9 for each in reports])
 
 
 def _many(agent: Agent, net: Topology) -> dict[str, Any]:
     """Open many connections through the proxy, use each, and see what they cost it."""
     count = min(MANY, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2)
-    with protocol.connect(agent.state_dir / protocol.SOCKET, 10) as connection:
+    status = Path(f"/proc/{proxy(agent).pid}/status")
+    before = _rss(status)
+    command = [sys.executable, str(HOLD_CHILD), "load", VIP, str(HOLD), str(count)]
+    with net.on_node_bare.start(*command, pipes=True) as load:
+        line = load.stdout.readline()
+        assert line, load.output()
+        counts, _ = proxy_counts(agent)
+        return {
+            "connections open in the proxy": counts.open_connections,
+            "failures": counts.failures,
+            **json.loads(line),
+            "KiB of memory a connection": (_rss(status) - before) / count,
+        }
+
+
+def proxy(agent: Agent) -> protocol.Hello:
+    """Return what the agent's proxy says of itself."""
+    with protocol.connect(agent.state_dir / protocol.SOCKET, 60) as connection:
+        hello = protocol.receive(connection)
+    assert isinstance(hello, protocol.Hello)
+    return hello
+
+
+def proxy_counts(agent: Agent) -> tuple[protocol.Counts, float]:
+    """Return what the agent's proxy counted, and how many seconds of processor time it used."""
+    with protocol.connect(agent.state_dir / protocol.SOCKET, 60) as connection:
         hello = protocol.receive(connection)
         assert isinstance(hello, protocol.Hello)
-        status = Path(f"/proc/{hello.pid}/status")
-        before = _rss(status)
-        command = [sys.executable, str(HOLD_CHILD), "load", VIP, str(HOLD), str(count)]
-        with net.on_node_bare.start(*command, pipes=True) as load:
-            line = load.stdout.readline()
-            assert line, load.output()
-            said = json.loads(line)
-            connection.sendall(protocol.encode(protocol.Ask()))
-            counts = protocol.receive(connection)
-            assert isinstance(counts, protocol.Counts)
-            return {
-                "connections open in the proxy": counts.open_connections,
-                "failures": counts.failures,
-                **said,
-                "KiB of memory a connection": (_rss(status) - before) / count,
-            }
+        connection.sendall(protocol.encode(protocol.Ask()))
+        counts = protocol.receive(connection)
+        assert isinstance(counts, protocol.Counts)
+    fields = Path(f"/proc/{hello.pid}/stat").read_text().rpartition(")")[2].split()
+    return counts, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
 
 
 def _rss(status: Path) -> int:
@@ -122,20 +146,20 @@ def _rss(status: Path) -> int:
 
 
 def copying() -> dict[str, Any]:
-    """Compare ways to copy; uvloop if it is installed."""
-    cases = [*COPYING]
-    if importlib.util.find_spec("uvloop"):
-        cases += [(kind, "uvloop") for kind, _ in COPYING]
-    figures: dict[str, Any] = {}
-    from rig.process import HERE
-
-    for kind, loop in cases:
-        runs = [
-            json.loads(
-                HERE.run(sys.executable, "-m", "benchmarks.copying", kind, loop, str(MEBIBYTES)).stdout
-            )
-            for _ in range(5)
-        ]
-        figures[f"{kind}, {loop}, Gbit/s"] = spread([each["gbit_per_s"] for each in runs])
-        figures[f"{kind}, {loop}, answers/s"] = spread([each["answers_per_s"] for each in runs])
-    return figures
+    """Compare ways to pass bytes on, in turns; uvloop if it is installed."""
+    loops = ["asyncio", *(["uvloop"] if importlib.util.find_spec("uvloop") else [])]
+    cases = [(kind, loop) for kind in ("splice", "copy", "transports") for loop in loops]
+    rates: dict[str, list[float]] = {}
+    for _ in range(5):
+        for kind, loop in cases:
+            for what, size in (("transfer", MEBIBYTES), ("questions", QUESTIONS)):
+                command = ["-m", "benchmarks.copying", kind, loop, what, str(size)]
+                said = json.loads(HERE.run(sys.executable, *command).stdout)
+                name = f"{kind}, {loop}, "
+                if what == "transfer":
+                    rates.setdefault(name + "Gbit/s", []).append(size * 2**23 / said["s"] / 1e9)
+                    rates.setdefault(name + "CPU s/GiB", []).append(said["cpu_s"] * 1024 / size)
+                else:
+                    rates.setdefault(name + "answers/s", []).append(size / said["s"])
+                    rates.setdefault(name + "CPU us an answer", []).append(said["cpu_s"] * 1e6 / size)
+    return {name: spread(values) for name, values in sorted(rates.items(), key=lambda each: each[0][-9:])}

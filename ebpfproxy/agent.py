@@ -26,7 +26,7 @@ from ebpfproxy.alarm import Alarm
 from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
 from ebpfproxy.model.objects import Node, ObjectKey
-from ebpfproxy.model.services import DesiredState, NodePortAddresses
+from ebpfproxy.model.services import DesiredState, NodePortAddresses, Scheduler
 from ebpfproxy.resolve.allocate import AllocationOptions, Allocator, GivenByServer
 from ebpfproxy.resolve.resolver import ResolveOptions, Resolver, node_context
 from ebpfproxy.source.feed import Feed
@@ -393,7 +393,7 @@ class Agent:
         resolution = self._resolver.resolve(
             objects,
             node_context(objects, self.node_name),
-            ResolveOptions(self.settings.scheduler, self.settings.maglev_size),
+            ResolveOptions(self._scheduler(), self.settings.maglev_size),
             None if changed is None else allocation.changed,
         )
         self._must_compare = self._feed.is_new = False
@@ -410,6 +410,12 @@ class Agent:
             masquerades_all=self.settings.masquerade_all,
             masquerades_outside=detects_local(self.settings),
         )
+
+    def _scheduler(self) -> Scheduler:
+        """Return the scheduler of Services that name none: the configuration's, else the mode's."""
+        settings = self.settings
+        usual = getattr(self._dataplane, "usual_scheduler", settings.scheduler)
+        return settings.scheduler if settings.is_scheduler_named else usual
 
     def _forget_resolution(self) -> None:
         """Start from nothing: what is remembered can't be trusted after an unexpected error."""

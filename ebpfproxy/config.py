@@ -193,6 +193,7 @@ class Config(msgspec.Struct, frozen=True):
     bind_address: str = ""  # this node's primary address, canonical; "" = found
     oom_score_adj: int | None = None  # None: as it is
     scheduler: Scheduler = Scheduler.RANDOM
+    is_scheduler_named: bool = False  # else the mode's usual one counts
     maglev_size: int = MAGLEV_SIZE
     masquerade_all: bool = False
     masquerade_bit: int = 14  # of the packet mark; for dataplanes that are made of netfilter rules
@@ -402,6 +403,7 @@ def _config(file: _File) -> Config:
         bind_address=_bind_address(file.bind_address),
         oom_score_adj=file.oom_score_adj,
         scheduler=scheduler,
+        is_scheduler_named=bool(file.ipvs.scheduler),
         maglev_size=extras.maglev_table_size,
         masquerade_all=masquerade.masquerade_all,
         masquerade_bit=masquerade.masquerade_bit,

@@ -15,6 +15,7 @@ import msgspec
 from ebpfproxy import files, metrics, status
 from ebpfproxy.dataplane import modes
 from ebpfproxy.errors import ConfigError, DataplaneError, EbpfproxyError, UnsupportedError
+from ebpfproxy.model.services import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,6 +112,11 @@ class ChosenDataplane:
     def problems(self) -> list[str]:
         """What is missing on this machine, or can't be removed."""
         return [*(self._dataplane.problems if self._dataplane else ()), *self._problems]
+
+    @property
+    def usual_scheduler(self) -> Scheduler:
+        """The scheduler of Services that name none, if the configuration does not."""
+        return next((each.scheduler for each in modes.TABLE if each.name == self.mode), Scheduler.RANDOM)
 
     @property
     def loader(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ebpfproxy.dataplane import Dataplane
+from ebpfproxy.model.services import Scheduler
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -28,6 +29,7 @@ class Mode(NamedTuple):
     name: str
     works_by: str  # for people
     needs: str  # of the machine
+    scheduler: Scheduler = Scheduler.RANDOM  # of Services that name none, if the configuration does not
 
 
 #: The one table; the order is that of ``auto``.
@@ -42,9 +44,10 @@ TABLE = (
         "ipvs",
         "IPVS, with ipsets and a few iptables rules",
         "IPVS in the kernel, ipset, iptables; CAP_NET_ADMIN",
+        Scheduler.RR,
     ),
     Mode("iptables", "iptables chains as kube-proxy makes them", "iptables 1.8; CAP_NET_ADMIN"),
-    Mode("userspace", "a proxy process for TCP and UDP", "nothing; CAP_NET_ADMIN for VIPs"),
+    Mode("userspace", "a proxy process for TCP and UDP", "nothing; CAP_NET_ADMIN for VIPs", Scheduler.RR),
 )
 
 

@@ -169,8 +169,8 @@ def test_not_a_duration(text: str) -> None:
         ({"bindAddress": "192.0.2.1"}, {"bind_address": "192.0.2.1"}),
         ({"oomScoreAdj": -997}, {"oom_score_adj": -997}),
         ({"featureGates": {"ServiceTrafficDistribution": True}}, {}),
-        ({"ipvs": {"scheduler": "wrr"}}, {"scheduler": Scheduler.WRR}),
-        ({"ipvs": {"scheduler": "mh"}}, {"scheduler": Scheduler.MAGLEV}),
+        ({"ipvs": {"scheduler": "wrr"}}, {"scheduler": Scheduler.WRR, "is_scheduler_named": True}),
+        ({"ipvs": {"scheduler": "mh"}}, {"scheduler": Scheduler.MAGLEV, "is_scheduler_named": True}),
         (
             {"iptables": {"minSyncPeriod": "500ms", "syncPeriod": "1m"}},
             {"min_sync_s": 0.5, "max_sync_s": 60},

@@ -80,6 +80,16 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("mode", "scheduler"),  # what the systems that these modes replace do
+    [("bpf", "random"), ("iptables", "random"), ("ipvs", "rr"), ("userspace", "rr")],
+)
+def test_usual_scheduler(tmp_path: Path, mode: str, scheduler: str) -> None:
+    made = ChosenDataplane(Config(), Site(tmp_path))
+    made.mode = mode
+    assert made.usual_scheduler == scheduler
+
+
 def test_the_configuration_knows_the_same_modes() -> None:
     assert tuple(each.name for each in modes.TABLE) == config.MODES
     assert set(modes.names()) <= set(config.MODES)
