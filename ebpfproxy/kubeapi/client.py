@@ -72,7 +72,7 @@ class Client:
         try:
             return response.read()
         except _FAILURES as error:
-            raise self._unanswered(path, error) from error
+            raise self._unanswered(error) from error
         finally:
             response.release_conn()
 
@@ -156,14 +156,15 @@ class Client:
                 timeout=urllib3.Timeout(connect=_CONNECT_S, read=read_s),
             )
         except _FAILURES as error:
-            failure = self._unanswered(path, error)
+            failure = self._unanswered(error)
             with self._lock:
                 if self._server == number:  # not when another thread has gone on already
                     self._server = (number + 1) % len(self._access.servers)
             raise failure from error
 
-    def _unanswered(self, path: str, error: BaseException) -> ApiError:
-        return ApiError(f"ask API server {self.server}{path}: {reason_of(error)}")
+    def _unanswered(self, error: BaseException) -> ApiError:
+        """Return why there is no answer; that is the same for all that is asked, and said once."""
+        return ApiError(f"ask API server {self.server}: {reason_of(error)}")
 
     def _refused(self, path: str, response: urllib3.BaseHTTPResponse, body: bytes) -> ApiError:
         try:

@@ -62,6 +62,7 @@ class Agent:
         env: further environment.
         attach: how to attach to devices: auto, tcx or clsact.
         prefix: a command that starts the agent: one that drops rights, say.
+        source: flags that say where Services come from; none = its own manifests.
     """
 
     live: ClassVar[list[Agent]] = []
@@ -77,6 +78,7 @@ class Agent:
         env: dict[str, str] | None = None,
         attach: str = "auto",
         prefix: Sequence[str] = (),
+        source: Sequence[str | Path] = (),
     ) -> None:
         self.prefix = list(prefix)
         self.net, self.mode, self.loader = net, mode, loader
@@ -84,6 +86,7 @@ class Agent:
         directory = net.directory / unique("agent")
         self.manifests, self.state_dir = directory / "manifests", directory / "state"
         self.manifests.mkdir(parents=True)
+        self.source = list(source) or ["--manifests", self.manifests]
         self.config_file: Path | None = None
         if attach != "auto":
             config = dict(config or {})
@@ -135,7 +138,6 @@ class Agent:
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self._notify_path))
         flags: dict[str, str | Path] = {
-            "--manifests": self.manifests,
             "--node-name": self.net.node_name,
             "--cgroup": self.net.cgroup,
             "--bpffs": self.net.bpffs,
@@ -145,7 +147,10 @@ class Agent:
         }
         if self.config_file:
             flags["--config"] = self.config_file
-        command = [*self.prefix, *self.program("run", *chain.from_iterable(flags.items()), *self.arguments)]
+        command = [
+            *self.prefix,
+            *self.program("run", *self.source, *chain.from_iterable(flags.items()), *self.arguments),
+        ]
         env = {"NOTIFY_SOCKET": str(self._notify_path), **self.env}
         self._processes.append(self.net.on_node_bare.start(*command, env=env))
         if wait:

@@ -99,6 +99,8 @@ class ApiServer:
         assert self._server
         server, self._server = self._server, None
         server.shutdown()
+        if self._listening is not None:
+            server.socket.shutdown(socket.SHUT_RD)  # refuses until somebody listens again
         server.server_close()
         server.break_connections()
         self._streams.clear()

@@ -459,8 +459,8 @@ def test_starts_before_the_server(model: ApiModel) -> None:
         pass  # has a port now, and is gone
     with following(server) as follower:
         follower.until(lambda: bool(follower.problems))
-        assert f"ask API server {server.url}" in follower.problems[0]
-        assert "Connection refused; what was known stays, and it is tried again" in follower.problems[0]
+        said = f"ask API server {server.url}: Connection refused; what was known stays, and it is tried again"
+        assert follower.problems == (said,)
         assert follower.reach is not None
         assert follower.reach.lost_at is not None
         with server:
