@@ -25,7 +25,7 @@ LICENSE("Dual BSD/GPL");
 
 static __always_inline int call_exit(enum verdict verdict, int error)
 {
-	count(verdict);
+	count(verdict, 0);
 	if (!is_refusal(verdict))
 		return CALL_GOES_ON;
 	if (config.features & FEATURE_SET_RETVAL && verdict != VERDICT_DROP_EMPTY)
@@ -36,7 +36,7 @@ static __always_inline int call_exit(enum verdict verdict, int error)
 /* The kernel takes no refusal here: recvmsg, getpeername, release. */
 static __always_inline int report_exit(enum verdict verdict)
 {
-	count(verdict);
+	count(verdict, 0);
 	return CALL_GOES_ON;
 }
 

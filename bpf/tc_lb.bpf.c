@@ -3,83 +3,49 @@
  * tc_lb - Services for packets that enter the node from pods and other hosts, and for the replies.
  *
  * tc_ingress sends packets to a VIP on to a backend (destination NAT), tc_egress gives replies the VIP as
- * source again. Sources stay: a reply has to pass this node.
+ * source again. Where a reply might not come back through this node the source becomes this node's, too: both
+ * directions are then translated by tc_ingress, and leave by their next hop past the kernel's routing.
  *
  * Limits. Fragments are left alone (VERDICT_FRAGMENT): a later one shows no ports. An SCTP association is
  * known by its first pair of addresses: no multihoming. AH can't be translated.
  */
 #include "platform.h"
-#include "conntrack.h"
+#include "parse.h"
 #include "reject.h"
 #include "rewrite.h"
-#include "verdict.h"
+#include "send.h"
+#include "track.h"
 
 LICENSE("Dual BSD/GPL");
 
-/* Pass means "next": filters of others behind ours see the packet too. */
-static __always_inline int tc_exit(enum verdict verdict)
+/* Whether the packet is larger than the route takes. What the kernel batched (GSO) it cuts again. */
+static __always_inline bool exceeds(struct __sk_buff *skb, const struct packet *packet,
+				    const struct next_hop *hop)
 {
-	count(verdict);
-	return is_refusal(verdict) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	__u32 size = ip_size(packet);
+
+	/* At most 60 bytes of TCP header stand before each part. */
+	if (skb->gso_size)
+		size = packet->l4 - packet->l3 + sizeof(struct tcphdr) + skb->gso_size;
+	return is_too_big(hop, size);
 }
 
-/* A packet in the middle of a TCP or SCTP connection that we don't know: only maglev finds its backend again,
- * as every node and every restart computes the same table.
- */
-static __always_inline bool may_begin(const struct packet *packet, const struct service *service)
+/* Why a packet can't be sent on to its next hop; VERDICT_CONTINUE: it can. */
+static __always_inline enum verdict check_hop(struct __sk_buff *skb, const struct packet *packet,
+					      const struct next_hop *hop)
 {
-	if (packet->flow.proto == IPPROTO_UDP || packet->events & EVENT_OPEN)
-		return true;
-	return service->scheduler == SCHED_MAGLEV && !packet->events;
+	if (packet->hops <= 1)
+		return VERDICT_HOPS;
+	return exceeds(skb, packet, hop) ? VERDICT_TOO_BIG : VERDICT_CONTINUE;
 }
 
-static __always_inline enum verdict refuse(const struct service *service, enum verdict verdict)
+static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *origin, __u64 now,
+					 struct flow **flow)
 {
-	count_refused(service->id);
-	return verdict;
-}
-
-/* Finds a backend for a new flow and remembers both; fills `flow`. */
-static __always_inline enum verdict begin_flow(const struct packet *packet, __u32 kinds,
-					       struct flow *flow)
-{
-	struct request request = {.flow = packet->flow, .client_kind = CLIENT_ADDR};
-	const struct flow_key *key = &packet->flow;
-	struct backend *backend;
-	struct service *service;
-	enum verdict verdict;
-	__u32 id;
-
-	service = find_service(kinds, &key->dst, key->dport, key->proto, source_scope(&key->src));
-	if (!service)
-		return unused_port(kinds);
-	if (!may_begin(packet, service))
-		return VERDICT_NOT_OURS;
-	if (service->flags & SERVICE_SOURCE_RANGES && !in_source_ranges(service->id, &key->src))
-		return refuse(service, VERDICT_DROP_SOURCE);
-	id = select_backend(service, &request, flow->last_seen_ns);
-	backend = map_lookup(backends, &id);
-	if (!id || !backend)
-		return refuse(service, service->flags & SERVICE_DROP_EMPTY ? VERDICT_DROP_EMPTY
-									   : VERDICT_REJECT_EMPTY);
-	flow->addr = backend->address;
-	flow->port = backend->port;
-	flow->service = service->id;
-	flow->backend = id;
-	verdict = add_flow(key, flow);
-	if (verdict)
-		return refuse(service, verdict);
-	open_backend(flow->service, id);
-	return VERDICT_NEW;
-}
-
-static __always_inline enum verdict translate(struct __sk_buff *skb, struct packet *packet)
-{
-	struct flow chosen = {}, *flow;
+	struct packet *packet = &origin->room->packet;
 	enum verdict verdict;
 	struct vip *vip;
 	__u32 kinds;
-	__u64 now;
 
 	verdict = parse_addresses(skb, packet);
 	if (verdict)
@@ -88,73 +54,113 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct pack
 	if (!vip)
 		return VERDICT_NOT_OURS;
 	kinds = vip->kinds;
-	verdict = parse_ports(skb, packet);
-	if (verdict)
-		return verdict;
-	if (kinds && !may_serve(kinds, packet->flow.dport))
-		return VERDICT_NOT_OURS;
-	packet->flow.dir = FLOW_FORWARD;
-	now = bpf_ktime_get_ns();
-	flow = map_lookup(conntrack, &packet->flow);
-	if (flow && !is_over(packet, flow, now)) {
-		note_packet(packet, flow, now);
-		verdict = VERDICT_ESTABLISHED;
-		chosen.addr = flow->addr;
-		chosen.port = flow->port;
-	} else {
-		if (flow)
-			end_flow(flow);
-		chosen.last_seen_ns = now;
-		verdict = begin_flow(packet, kinds, &chosen);
-		if (verdict != VERDICT_NEW)
-			return verdict;
-	}
-	return rewrite(skb, packet, false, &chosen.addr, chosen.port) ? verdict
-								      : VERDICT_REWRITE_FAILED;
+	verdict = forget_path(origin->room, parse_ports(skb, packet));
+	return verdict ?: track(origin, kinds, now, flow);
 }
 
-static __always_inline enum verdict restore(struct __sk_buff *skb)
+/* Translates a packet. room->action: what to do with it, where that is not the next filter's matter. */
+static __always_inline enum verdict translate(struct __sk_buff *skb, struct scratch *room)
 {
-	struct packet packet;
+	/* The VLAN's own device sees a tagged packet again, and knows the routes there. */
+	struct origin origin = {
+		.ctx = skb,
+		.room = room,
+		.device = skb->ifindex,
+		.can_forward = !skb->vlan_present,
+	};
+	struct packet *packet = &room->packet;
+	__u64 now = bpf_ktime_get_ns();
+	bool is_forwarded = false;
+	struct flow *flow = NULL;
+	enum verdict verdict, problem;
+
+	verdict = forget_path(room, find(skb, &origin, now, &flow));
+	if (!is_translated(verdict) || !flow)
+		return verdict;
+	if (flow->flags & FLOW_SNAT) {
+		renew_hop(&origin, flow, now);
+		is_forwarded = flow->hop.kind != HOP_HERE;
+		problem = is_forwarded ? check_hop(skb, packet, &flow->hop) : VERDICT_CONTINUE;
+		if (problem)
+			return problem;
+	}
+	if (verdict != VERDICT_NEW)
+		count_packet(packet, flow);
+	if (!rewrite(skb, room, flow))
+		return VERDICT_REWRITE_FAILED;
+	if (!is_forwarded)
+		return verdict;
+	if (!take_hop(skb, packet))
+		return VERDICT_REWRITE_FAILED;
+	room->action = send_on(skb, packet, &flow->hop, origin.is_renewed);
+	return room->action == TC_ACT_SHOT ? VERDICT_REWRITE_FAILED : verdict;
+}
+
+static __always_inline enum verdict restore(struct __sk_buff *skb, struct scratch *room)
+{
+	struct packet *packet = &room->packet;
 	struct flow *flow;
 	enum verdict verdict;
-	struct addr vip;
-	__be16 port;
+	bool is_new;
 
-	verdict = parse_addresses(skb, &packet) ?: parse_ports(skb, &packet);
+	verdict = forget_path(room, parse_addresses(skb, packet) ?: parse_ports(skb, packet));
 	if (verdict)
 		return verdict;
-	packet.flow.dir = FLOW_REPLY;
-	flow = map_lookup(conntrack, &packet.flow);
-	if (!flow)
+	packet->flow.dir = FLOW_REPLY;
+	flow = find_flow(&packet->flow, &is_new);
+	/* Of a translated source the reply came in by tc_ingress. */
+	if (!flow || flow->flags & FLOW_SNAT)
 		return VERDICT_NOT_OURS;
-	if (is_bypass(&packet, flow)) {
-		remove_flow(&packet.flow, flow);
+	if (is_bypass(packet, flow)) {
+		remove_flow(room, flow);
 		return VERDICT_NOT_OURS;
 	}
-	vip = flow->addr;
-	port = flow->port;
-	note_packet(&packet, flow, bpf_ktime_get_ns());
-	return rewrite(skb, &packet, true, &vip, port) ? VERDICT_REPLY : VERDICT_REWRITE_FAILED;
+	note_packet(room, flow, is_new, bpf_ktime_get_ns());
+	count_packet(packet, flow);
+	return rewrite(skb, room, flow) ? VERDICT_REPLY : VERDICT_REWRITE_FAILED;
+}
+
+/* Ends a program. Pass means "next": filters of others behind ours see the packet too. What SCTP needs comes when
+ * nothing else is left to be known: for the verifier every path is the same here.
+ */
+static __always_inline int tc_exit(struct __sk_buff *skb, struct scratch *room, enum verdict verdict)
+{
+	count(verdict, skb->len);
+	if (room->action == TC_ACT_UNSPEC && is_refusal(verdict))
+		room->action = TC_ACT_SHOT;
+	barrier();
+	if (room->sctp_change && !finish_sctp(skb, room))
+		return TC_ACT_SHOT;
+	return room->action;
 }
 
 SEC("tc")
 int tc_ingress(struct __sk_buff *skb)
 {
+	struct scratch *room = get_scratch();
 	bool is_answer = false;
-	struct packet packet;
-	enum verdict verdict = translate(skb, &packet);
+	enum verdict verdict;
 
+	if (!room)
+		return TC_ACT_UNSPEC;
+	room->action = TC_ACT_UNSPEC;
+	room->sctp_change = 0;
+	verdict = forget_path(room, translate(skb, room));
 	if (is_rejection(verdict))
-		verdict = reject(skb, &packet, verdict, &is_answer);
-	if (!is_answer)
-		return tc_exit(verdict);
-	count(verdict);
-	return bpf_redirect(skb->ifindex, 0);
+		verdict = reject(skb, &room->packet, verdict, &is_answer);
+	if (is_answer)
+		room->action = bpf_redirect(skb->ifindex, 0);
+	return tc_exit(skb, room, verdict);
 }
 
 SEC("tc")
 int tc_egress(struct __sk_buff *skb)
 {
-	return tc_exit(restore(skb));
+	struct scratch *room = get_scratch();
+
+	if (!room)
+		return TC_ACT_UNSPEC;
+	room->action = TC_ACT_UNSPEC;
+	room->sctp_change = 0;
+	return tc_exit(skb, room, forget_path(room, restore(skb, room)));
 }

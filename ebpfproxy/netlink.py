@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebpfproxy.errors import KernelError
-from ebpfproxy.model.services import NodePortAddresses
+from ebpfproxy.model.services import NodePortAddresses, NodeSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from pyroute2.iproute.linux import IPRoute
 
@@ -225,7 +226,28 @@ def node_port_addresses(
         wanted = set(primary)
         mine = [address.address for address in every if address.address in wanted]
         serving.update(mine or _first_global(every))
-    return NodePortAddresses(frozenset(serving), frozenset(address.address for address in found))
+    return NodePortAddresses(
+        frozenset(serving),
+        frozenset(address.address for address in found),
+        frozenset(_sources(every, frozenset(primary))),
+    )
+
+
+def _sources(found: Iterable[Address], primary: AbstractSet[str]) -> Iterator[NodeSource]:
+    """Yield the first global address of each device, and for all other devices the node's own or first one."""
+    first: dict[tuple[int, int], str] = {}
+    default: dict[int, tuple[bool, str]] = {}
+    for each in found:
+        if not each.is_global or each.is_secondary or ipaddress.ip_address(each.address).is_loopback:
+            continue
+        first.setdefault((each.device, each.family), each.address)
+        is_better = each.address in primary and not default.get(each.family, (False, ""))[0]
+        if each.family not in default or is_better:
+            default[each.family] = (is_better, each.address)
+    for (device, family), address in first.items():
+        yield NodeSource(device, family, address)
+    for family, (_, address) in default.items():
+        yield NodeSource(0, family, address)
 
 
 def _is_link_local(address: str) -> bool:

@@ -14,7 +14,7 @@
 
 /* Raised when a layout below changes; a program and an agent of different numbers refuse each other. */
 enum abi {
-	ABI_VERSION = 1,
+	ABI_VERSION = 2,
 };
 
 enum limits {
@@ -44,7 +44,8 @@ struct config {
 	__u64 host_netns;		/* cookie of the node's own network namespace */
 	__u64 udp_idle_ns;		/* a UDP flow keeps its backend this long without traffic */
 	__u32 features;			/* bits of enum feature */
-	__u8 pad[4];
+	__u16 snat_port_min;		/* host byte order, inclusive: ports of translated sources */
+	__u16 snat_port_max;		/* host byte order, inclusive; 0 = sources can't be translated */
 	__u8 stamp[STAMP_MAX];		/* package version + abi checksum, NUL terminated */
 };
 
@@ -61,6 +62,7 @@ enum vip_kind {
 	VIP_LOAD_BALANCER = 4,
 	VIP_NODE = 8,			/* an address of this node that serves NodePorts */
 	VIP_LOCAL = 16,			/* an address of this node: never reject its unused ports */
+	VIP_SNAT = 32,			/* an address of this node that translated sources get: replies come to it */
 };
 
 /* Value of map vips. Key: struct addr. 127.0.0.0/8 is looked up as 127.0.0.1. No bit at all: an address
@@ -95,6 +97,8 @@ enum service_flag {
 	SERVICE_DROP_EMPTY = 1,		/* slot_count 0: drop instead of reject (policy Local, none local) */
 	SERVICE_LOCAL = 2,		/* traffic policy Local made this set */
 	SERVICE_SOURCE_RANGES = 4,	/* only sources in map source_ranges may enter here */
+	SERVICE_SNAT = 8,		/* to a backend on another node: the source becomes this node's */
+	SERVICE_SNAT_ALL = 16,		/* to every backend */
 };
 
 /* Value of map services. One update of it switches a frontend to another set of backends. */
@@ -137,11 +141,16 @@ struct backend {
 /* Value of array backend_stats, same index as backends. Written by the programs.
  * open counts the entries that point here: sockets of kind CONNECTED and TO_VIP, conntrack FORWARD that is
  * not closed (RESET, or FIN of both sides). The programs can't see an LRU eviction or a UDP flow that
- * fell silent: the agent recounts now and then.
+ * fell silent: the agent recounts now and then. Packets and bytes (of whole IP packets) are those that are
+ * translated one by one; each flow adds its own about once a second.
  */
 struct backend_stats {
 	__u64 connections;		/* new connections ever sent here */
 	__s64 open;			/* open now; what lc, wlc, sed and nq compare */
+	__u64 packets;			/* to the backend */
+	__u64 bytes;
+	__u64 reply_packets;		/* from the backend */
+	__u64 reply_bytes;
 };
 
 /* Value of array service_stats, index = service id. Written by the programs. */
@@ -149,6 +158,10 @@ struct service_stats {
 	__u64 connections;		/* new connections accepted */
 	__u64 refused;			/* new connections rejected or dropped */
 	__u64 next;			/* round-robin position */
+	__u64 packets;			/* as in struct backend_stats, of all backends there ever were */
+	__u64 bytes;
+	__u64 reply_packets;
+	__u64 reply_bytes;
 };
 
 /* Value of hash service_names, key = service id (__u32): ids survive restarts by it. */
@@ -187,12 +200,50 @@ struct socket_flow {
 	__u64 last_used_ns;		/* CLOCK_MONOTONIC; written at most once a second */
 };
 
-enum flow_dir {
-	FLOW_FORWARD = 0,		/* client -> VIP */
-	FLOW_REPLY = 1,			/* backend -> client */
+enum hop_kind {
+	HOP_UNKNOWN = 0,		/* not looked up yet */
+	HOP_FORWARD = 1,		/* device and MAC addresses are known */
+	HOP_NEIGHBOUR = 2,		/* device known, the kernel has to find the neighbour */
+	HOP_HERE = 3,			/* this node, or for the kernel's routing to decide: up the stack */
 };
 
-/* Key of LRU map conntrack: one direction of a flow as the packet shows it before translation. */
+/* Where a packet leaves this node. */
+struct next_hop {
+	__u32 device;			/* ifindex */
+	__u32 epoch;			/* of struct epoch when it was looked up; another one: look it up again */
+	__u32 until;			/* CLOCK_MONOTONIC in units of 2^30 ns; later: let the kernel look, too */
+	__u16 mtu;			/* of the route, 0 = not known (before Linux 5.12) */
+	__u8 kind;			/* enum hop_kind */
+	__u8 is_xdp;			/* 1: XDP may send to the device */
+	__u8 to_mac[6];
+	__u8 from_mac[6];
+};
+
+/* Value of array backend_hops, same index as backends: the way to a backend. Written by the programs. */
+struct backend_hop {
+	struct addr source;		/* the address of this node that a translated source gets; zero: none */
+	struct next_hop hop;
+	__u8 pad[4];
+};
+
+/* Key of hash node_sources: which address of this node packets out of a device get. Value: struct addr. */
+struct node_source_key {
+	__u32 device;			/* ifindex; 0: any device without an address of its own */
+	__u32 family;			/* 4 | 6 */
+};
+
+/* The one value of array epochs. Written by the agent. */
+struct epoch {
+	__u32 hops;			/* raised when a route or neighbour changed: every next_hop is void */
+	__u8 pad[4];
+};
+
+enum flow_dir {
+	FLOW_FORWARD = 0,		/* client -> VIP */
+	FLOW_REPLY = 1,			/* backend -> client, or -> this node where the source was translated */
+};
+
+/* Key of maps conntrack and new_flows: one direction of a flow as the packet shows it before translation. */
 struct flow_key {
 	struct addr src;
 	struct addr dst;
@@ -211,16 +262,64 @@ enum flow_state {
 	FLOW_RESET = 8,			/* RST, ABORT */
 };
 
-/* Value of LRU map conntrack. */
+/* Bits of struct flow.flags: how it is translated. */
+enum flow_flag {
+	FLOW_SNAT = 1,			/* the source, too: both directions leave by a next hop */
+	FLOW_LOCAL = 2,			/* the backend is on this node */
+};
+
+/* Value of maps conntrack and new_flows. */
 struct flow {
-	struct addr addr;		/* FORWARD: new destination (backend). REPLY: new source (VIP) */
-	__be16 port;			/* same, port */
+	struct addr src;		/* the packet's source after translation */
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
 	__u8 state;			/* bits of enum flow_state */
-	__u8 pad;
+	__u8 flags;			/* bits of enum flow_flag */
+	__u8 pad[2];
 	__u32 service;
 	__u32 backend;
-	__u8 pad2[4];
 	__u64 last_seen_ns;		/* CLOCK_MONOTONIC; written at most once a second */
+	__u64 bytes;			/* of this direction, not yet added to the stats */
+	__u32 packets;			/* same */
+	struct next_hop hop;		/* of this direction, FLOW_SNAT only */
+};
+
+/* What a packet says about its connection; bits of struct packet.events. UDP says nothing. */
+enum packet_event {
+	EVENT_OPEN = 1,			/* SYN without ACK; INIT */
+	EVENT_FIN = 2,			/* FIN; SHUTDOWN */
+	EVENT_RESET = 4,		/* RST; ABORT, SHUTDOWN COMPLETE */
+	EVENT_ACCEPT = 8,		/* SYN with ACK; INIT ACK */
+};
+
+/* What the programs know of the packet at hand. */
+struct packet {
+	struct flow_key flow;		/* as the packet shows it */
+	__u32 l3;			/* offset of the IP header */
+	__u32 l4;			/* offset of the header behind it (and behind extension headers) */
+	__u32 l4_size;			/* bytes from there to the end of the IP packet */
+	__u32 count;			/* packets on the wire that it stands for (GSO, GRO) */
+	__u8 version;			/* 4 | 6 */
+	__u8 is_fragment;
+	__u8 next;			/* protocol of what is at l4 */
+	__u8 events;			/* bits of enum packet_event */
+	__u8 hops;			/* TTL, hop limit */
+	__u8 pad[3];
+};
+
+/* The one value of per-CPU array scratch: room that the stack does not have. The packet is here because the
+ * verifier does not follow what is in a map: every path that fills it differently ends as the same state.
+ */
+struct scratch {
+	struct packet packet;
+	__u32 verdict;
+	__s32 action;			/* TC_ACT_* */
+	__u32 pad;
+	__u32 sctp_change;		/* old ports XOR new ones, still to be added to the checksum */
+	struct flow flow;
+	struct flow_key twin_key;
+	struct flow twin;
 };
 
 enum client_kind {
@@ -262,7 +361,13 @@ struct reject {
 	__u8 packet[REJECT_PACKET_MAX];	/* the answer while it is made */
 };
 
-/* Why the dataplane did what it did; index of per-CPU array verdicts (__u64 count). */
+/* Value of per-CPU array verdicts, index = enum verdict. */
+struct verdict_count {
+	__u64 packets;			/* or calls */
+	__u64 bytes;			/* of whole frames; 0 for calls */
+};
+
+/* Why the dataplane did what it did. */
 enum verdict {
 	VERDICT_CONTINUE = 0,		/* helper result "go on"; never counted */
 	VERDICT_NOT_OURS = 1,		/* not for a Service: left alone */
@@ -281,7 +386,11 @@ enum verdict {
 	VERDICT_REWRITE_FAILED = 14,	/* the kernel refused a header write: dropped */
 	VERDICT_CLOSED = 15,		/* a translated socket was closed */
 	VERDICT_REJECT_LIMITED = 16,	/* a rejection over the rate limit: dropped without an answer */
-	VERDICT_MAX = 17,		/* number of verdicts, not one */
+	VERDICT_SNAT_FULL = 17,		/* no port or no address left to translate a source to: refused */
+	VERDICT_NO_ROUTE = 18,		/* the kernel knows no way to the next hop: dropped */
+	VERDICT_HOPS = 19,		/* TTL or hop limit used up */
+	VERDICT_TOO_BIG = 20,		/* larger than the next hop's MTU */
+	VERDICT_MAX = 21,		/* number of verdicts, not one */
 };
 
 #endif /* EBPFPROXY_ABI_H */

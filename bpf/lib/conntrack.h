@@ -1,14 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * conntrack.h - the memory of translated flows: map conntrack, two entries a flow, one for each direction.
+ * conntrack.h - the memory of translated flows: two entries a flow, one for each direction.
  *
- * The two are twins: each can be computed from the other, so what the LRU evicts from one side is made
- * again by the next packet of the other, at the once-a-second touch.
+ *	new_flows	from the first packet until the client has answered the backend. The oldest are forgotten
+ *			when it is full: a flood of openings pushes out other openings only.
+ *	conntrack	from then on. It forgets nothing by itself; full, flows stay among the new ones.
+ *
+ * The two entries are twins: each can be computed from the other, so what was evicted or deleted from one side
+ * is made again by the next packet of the other, at the once-a-second touch.
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
 
-#include "parse.h"
+#include "packet.h"
 #include "select.h"
 
 /* A SYN is sent again for at most 127 s (tcp_syn_retries 6: 1 + 2 + ... + 64); after more silence it is a new one. */
@@ -24,49 +28,54 @@ static __always_inline bool is_closed(__u8 state)
 	return state & FLOW_RESET || (state & FLOW_FIN_BOTH) == FLOW_FIN_BOTH;
 }
 
-/* Makes the other direction's key and value of an entry. */
-static __always_inline void make_twin(const struct flow_key *key, const struct flow *flow,
-				      struct flow_key *twin_key, struct flow *twin)
+/* Makes the key of the other direction of an entry. */
+static __always_inline void make_twin_key(const struct flow_key *key, const struct flow *flow,
+					  struct flow_key *twin_key)
 {
-	bool is_forward = key->dir == FLOW_FORWARD;
-
-	__builtin_memset(twin_key, 0, sizeof(*twin_key));
-	*twin = *flow;
+	twin_key->src = flow->dst;
+	twin_key->dst = flow->src;
+	twin_key->sport = flow->dport;
+	twin_key->dport = flow->sport;
 	twin_key->proto = key->proto;
-	if (is_forward) {
-		twin_key->dir = FLOW_REPLY;
-		twin_key->src = flow->addr;
-		twin_key->sport = flow->port;
-		twin_key->dst = key->src;
-		twin_key->dport = key->sport;
-		twin->addr = key->dst;
-		twin->port = key->dport;
-	} else {
-		twin_key->dir = FLOW_FORWARD;
-		twin_key->src = key->dst;
-		twin_key->sport = key->dport;
-		twin_key->dst = flow->addr;
-		twin_key->dport = flow->port;
-		twin->addr = key->src;
-		twin->port = key->sport;
-	}
+	twin_key->dir = key->dir == FLOW_FORWARD ? FLOW_REPLY : FLOW_FORWARD;
+	twin_key->pad[0] = 0;
+	twin_key->pad[1] = 0;
 }
 
-/* Remembers a new flow; `flow` is its forward value. A full map forgets the flow that was silent longest. */
-static __always_inline enum verdict add_flow(const struct flow_key *key, const struct flow *flow)
+/* Makes the value of the other direction of an entry: nothing counted, next hop not known. */
+static __always_inline void make_twin(const struct flow_key *key, const struct flow *flow,
+				      struct flow *twin)
 {
-	struct flow_key twin_key;
-	struct flow twin;
+	__builtin_memset(twin, 0, sizeof(*twin));
+	twin->src = key->dst;
+	twin->dst = key->src;
+	twin->sport = key->dport;
+	twin->dport = key->sport;
+	twin->state = flow->state;
+	twin->flags = flow->flags;
+	twin->service = flow->service;
+	twin->backend = flow->backend;
+	twin->last_seen_ns = flow->last_seen_ns;
+}
 
-	make_twin(key, flow, &twin_key, &twin);
-	/* Where another VIP led the same client port to the same backend, the newer flow gets the replies. */
-	if (map_update(conntrack, &twin_key, &twin, BPF_ANY))
-		return VERDICT_MAP_FULL;
-	if (map_update(conntrack, key, flow, BPF_ANY)) {
-		map_delete(conntrack, &twin_key);
-		return VERDICT_MAP_FULL;
-	}
-	return VERDICT_CONTINUE;
+static __always_inline bool is_twin(const struct flow_key *key, const struct flow *twin)
+{
+	return twin->sport == key->dport && twin->dport == key->sport &&
+	       addr_equal(&twin->src, &key->dst) && addr_equal(&twin->dst, &key->src);
+}
+
+static __always_inline struct flow *find_flow(const struct flow_key *key, bool *is_new)
+{
+	struct flow *flow = map_lookup(conntrack, key);
+
+	*is_new = !flow;
+	return flow ?: map_lookup(new_flows, key);
+}
+
+static __always_inline void delete_flow(const struct flow_key *key)
+{
+	if (map_delete(conntrack, key))
+		map_delete(new_flows, key);
 }
 
 static __always_inline __u8 state_bits(const struct packet *packet)
@@ -81,29 +90,101 @@ static __always_inline __u8 state_bits(const struct packet *packet)
 	return bits;
 }
 
-/* Notes a packet of a known flow, in both entries. Two CPUs that see the two last FINs of a flow at the same
+/* Adds what a flow counted to the stats of its backend and service. */
+static __always_inline void add_counts(const struct packet *packet, struct flow *flow)
+{
+	struct backend_stats *of_backend = map_lookup(backend_stats, &flow->backend);
+	struct service_stats *of_service = map_lookup(service_stats, &flow->service);
+	__u64 packets = flow->packets, bytes = flow->bytes;
+
+	flow->packets = 0;
+	flow->bytes = 0;
+	if (!of_backend || !of_service)
+		return;
+	if (packet->flow.dir == FLOW_FORWARD) {
+		atomic_add(&of_backend->packets, packets);
+		atomic_add(&of_backend->bytes, bytes);
+		atomic_add(&of_service->packets, packets);
+		atomic_add(&of_service->bytes, bytes);
+	} else {
+		atomic_add(&of_backend->reply_packets, packets);
+		atomic_add(&of_backend->reply_bytes, bytes);
+		atomic_add(&of_service->reply_packets, packets);
+		atomic_add(&of_service->reply_bytes, bytes);
+	}
+}
+
+/* Counts a packet that is sent on. */
+static __always_inline void count_packet(const struct packet *packet, struct flow *flow)
+{
+	flow->packets += packet->count;
+	flow->bytes += ip_size(packet);
+}
+
+/* Notes a packet of a known flow, in both entries. Whoever sends it on counts it. Two CPUs that see the two last FINs of a flow at the same
  * instant may count its end twice or never; the agent's recount mends that.
  */
-static __always_inline void note_packet(const struct packet *packet, struct flow *flow, __u64 now)
+static __always_inline void note_packet(struct scratch *room, struct flow *flow, bool is_new,
+					__u64 now)
 {
-	struct flow_key twin_key;
-	struct flow twin, *known;
+	const struct packet *packet = &room->packet;
+	const struct flow_key *key = &packet->flow;
 	__u8 before = flow->state, after = before | state_bits(packet);
+	struct flow *twin;
 
 	if (after == before && now - flow->last_seen_ns < TOUCH_NS)
 		return;
 	flow->state = after;
 	flow->last_seen_ns = now;
-	make_twin(&packet->flow, flow, &twin_key, &twin);
-	known = map_lookup(conntrack, &twin_key);
-	if (!known) {
-		map_update(conntrack, &twin_key, &twin, BPF_NOEXIST);
-	} else if (known->port == twin.port && addr_equal(&known->addr, &twin.addr)) {
-		known->state |= after;
-		known->last_seen_ns = now;
-	}
+	add_counts(packet, flow);
 	if (is_closed(after) && !is_closed(before))
 		close_backend(flow->backend);
+	make_twin_key(key, flow, &room->twin_key);
+	twin = is_new ? map_lookup(new_flows, &room->twin_key)
+		      : map_lookup(conntrack, &room->twin_key);
+	if (!twin) {
+		make_twin(key, flow, &room->twin);
+		if (is_new)
+			map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST);
+		else
+			map_update(conntrack, &room->twin_key, &room->twin, BPF_NOEXIST);
+	} else if (is_twin(key, twin)) {
+		twin->state |= after;
+		twin->last_seen_ns = now;
+	}
+}
+
+/* Moves both entries of a flow among the established ones. Returns where the packet's is now. */
+static __always_inline struct flow *establish(struct scratch *room, struct flow *flow)
+{
+	const struct flow_key *key = &room->packet.flow;
+	struct flow *twin, *moved;
+
+	make_twin_key(key, flow, &room->twin_key);
+	twin = map_lookup(new_flows, &room->twin_key);
+	if (!twin || !is_twin(key, twin)) {
+		make_twin(key, flow, &room->twin);
+		twin = &room->twin;
+	}
+	if (map_update(conntrack, &room->twin_key, twin, BPF_ANY))
+		return flow;
+	if (map_update(conntrack, key, flow, BPF_ANY)) {
+		map_delete(conntrack, &room->twin_key);
+		return flow;
+	}
+	moved = map_lookup(conntrack, key);
+	if (!moved)
+		return flow;
+	map_delete(new_flows, &room->twin_key);
+	map_delete(new_flows, key);
+	return moved;
+}
+
+/* Whether a packet of a new flow shows that both ends are there: the client answers what the backend said. */
+static __always_inline bool is_established(const struct packet *packet, const struct flow *flow)
+{
+	return packet->flow.dir == FLOW_FORWARD && flow->state & FLOW_REPLIED &&
+	       !(packet->events & (EVENT_OPEN | EVENT_RESET));
 }
 
 /* Whether the packet begins a new flow although an entry is there. */
@@ -124,7 +205,7 @@ static __always_inline bool is_over(const struct packet *packet, const struct fl
 	}
 	backend = map_lookup(backends, &id);
 	return !backend || !is_serving(backend) ||
-	       !is_same_backend(backend, flow->service, &flow->addr, flow->port);
+	       !is_same_backend(backend, flow->service, &flow->dst, flow->dport);
 }
 
 /* The end of a flow that another one replaces. */
@@ -145,15 +226,12 @@ static __always_inline bool is_bypass(const struct packet *packet, const struct 
 }
 
 /* Removes a flow of which one entry was found. */
-static __always_inline void remove_flow(const struct flow_key *key, struct flow *flow)
+static __always_inline void remove_flow(struct scratch *room, struct flow *flow)
 {
-	struct flow_key twin_key;
-	struct flow twin;
-
-	make_twin(key, flow, &twin_key, &twin);
 	end_flow(flow);
-	map_delete(conntrack, &twin_key);
-	map_delete(conntrack, key);
+	make_twin_key(&room->packet.flow, flow, &room->twin_key);
+	delete_flow(&room->twin_key);
+	delete_flow(&room->packet.flow);
 }
 
 #endif /* EBPFPROXY_CONNTRACK_H */

@@ -13,7 +13,6 @@
 
 /* The Castagnoli polynomial; bits reflected: bit 31 is x^0, bit 0 is x^31. */
 #define CRC32C_POLY 0x82f63b78
-#define CRC32C_X8   0x00800000
 #define CRC32C_BITS 32
 
 /* An IP packet has at most 65535 bytes (RFC 791 3.1, RFC 8200 3). */
@@ -33,21 +32,25 @@ static __always_inline __u32 crc32c_multiply(__u32 a, __u32 b)
 	return product;
 }
 
+/* x^(8 * 2^i) mod P; a test computes them again. */
+static const __u32 crc32c_powers[CRC32C_SIZE_BITS] = {
+	0x00800000, 0x00008000, 0x82f63b78, 0x6ea2d55c,
+	0x18b8ea18, 0x510ac59a, 0xb82be955, 0xb8fdb1e7,
+	0x88e56f72, 0x74c360a4, 0xe4172b16, 0x0d65762a,
+	0x35d73a62, 0x28461564, 0xbf455269, 0xe2ea32dc,
+};
+
 /* What to XOR into the checksum of `size` bytes after `delta` was XORed into the first four,
- * both as the packet has them, read little endian.
+ * both as the packet has them, read little endian. Without branches, as above: 1 (bit 31) for a bit that is not set.
  */
 static __always_inline __u32 crc32c_delta(__u32 delta, __u32 size)
 {
-	__u32 power = CRC32C_X8;
-
-#pragma nounroll
+#pragma unroll
 	for (int i = 0; i < CRC32C_SIZE_BITS; i++) {
-		if (size & 1)
-			delta = crc32c_multiply(delta, power);
-		size >>= 1;
-		if (!size)
-			break;
-		power = crc32c_multiply(power, power);
+		__u32 is_set = 0 - (size >> i & 1);
+
+		barrier_var(is_set);
+		delta = crc32c_multiply((crc32c_powers[i] & is_set) | (0x80000000 & ~is_set), delta);
 	}
 	return delta;
 }

@@ -7,7 +7,7 @@
 #ifndef EBPFPROXY_PARSE_H
 #define EBPFPROXY_PARSE_H
 
-#include "addr.h"
+#include "packet.h"
 
 /* IEEE 802.1ad allows one service and one customer tag; the kernel keeps the outer one beside the packet. */
 #define VLAN_TAGS_MAX 2
@@ -22,14 +22,7 @@
  */
 #define HEADER_OFFSET_MAX (14 + 2 * 4 + 40 + IP6_EXT_MAX * 2048)
 
-/* RFC 791 3.1 */
-#define IP4_VERSION	    4
-#define IP4_WORD	    4
-#define IP4_HEADER_MIN	    5
-#define IP4_MORE_FRAGMENTS  0x2000
-#define IP4_FRAGMENT_OFFSET 0x1fff
 /* RFC 8200 4.5 */
-#define IP6_VERSION	    6
 #define IP6_MORE_FRAGMENTS  1
 #define IP6_FRAGMENT_OFFSET 0xfff8
 
@@ -37,11 +30,6 @@
 #define NEXT_MOBILITY 135
 #define NEXT_HIP      139
 #define NEXT_SHIM6    140
-
-#define ETHERTYPE_IP4  0x0800
-#define ETHERTYPE_IP6  0x86dd
-#define ETHERTYPE_VLAN 0x8100
-#define ETHERTYPE_QINQ 0x88a8
 
 struct vlan_tag {
 	__be16 tci;
@@ -55,41 +43,6 @@ struct ip6_extension {
 	__be16 rest; /* routing: type, segments left; fragment: offset, more */
 };
 
-/* RFC 9260 3.1 and the type of the first chunk, 3.2 */
-struct sctp_header {
-	__be16 source;
-	__be16 dest;
-	__be32 tag;
-	__le32 checksum;
-};
-
-enum sctp_chunk {
-	SCTP_INIT = 1,
-	SCTP_INIT_ACK = 2,
-	SCTP_ABORT = 6,
-	SCTP_SHUTDOWN = 7,
-	SCTP_SHUTDOWN_COMPLETE = 14,
-};
-
-/* What a packet says about its connection; bits of struct packet.events. UDP says nothing. */
-enum packet_event {
-	EVENT_OPEN = 1, /* SYN without ACK; INIT */
-	EVENT_FIN = 2, /* FIN; SHUTDOWN */
-	EVENT_RESET = 4, /* RST; ABORT, SHUTDOWN COMPLETE */
-	EVENT_ACCEPT = 8, /* SYN with ACK; INIT ACK */
-};
-
-struct packet {
-	struct flow_key flow; /* as the packet shows it; dir is the caller's */
-	__u32 l3; /* offset of the IP header */
-	__u32 l4; /* offset of the header behind it (and behind extension headers) */
-	__u32 l4_size; /* bytes from there to the end of the IP packet */
-	__u8 version; /* IP4_VERSION | IP6_VERSION */
-	__u8 is_fragment;
-	__u8 next; /* protocol of what is at l4 */
-	__u8 events; /* bits of enum packet_event */
-};
-
 /* Returns `size` bytes at `offset` if they are in the linear part. */
 static __always_inline void *linear(struct __sk_buff *skb, __u32 offset, __u32 size)
 {
@@ -98,7 +51,10 @@ static __always_inline void *linear(struct __sk_buff *skb, __u32 offset, __u32 s
 	/* Keeps the compiler from handling the pointers as 32-bit numbers, as which the context declares them. */
 	barrier_var(data);
 	barrier_var(end);
-	return data + offset + size <= end ? data + offset : NULL;
+	data += offset;
+	/* One pointer for the check and the access: the verifier does not see that two are the same. */
+	barrier_var(data);
+	return data + size <= end ? data : NULL;
 }
 
 /* Returns `size` readable bytes at `offset`, or NULL past the packet's end. Earlier pointers are void after it. */
@@ -152,6 +108,7 @@ static __always_inline enum verdict parse_ip4(struct __sk_buff *skb, struct pack
 	packet->l4 = packet->l3 + size;
 	packet->l4_size = length > size ? length - size : 0;
 	packet->next = ip->protocol;
+	packet->hops = ip->ttl;
 	packet->is_fragment =
 		!!(ip->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET));
 	return VERDICT_CONTINUE;
@@ -174,6 +131,7 @@ static __always_inline enum verdict parse_ip6(struct __sk_buff *skb, struct pack
 	packet->l4 = packet->l3 + sizeof(*ip);
 	packet->l4_size = length;
 	packet->next = ip->nexthdr;
+	packet->hops = ip->hop_limit;
 	packet->is_fragment = 0;
 	return VERDICT_CONTINUE;
 }
@@ -184,6 +142,7 @@ static __always_inline enum verdict parse_addresses(struct __sk_buff *skb, struc
 	struct ethhdr *eth = header(skb, 0, sizeof(*eth));
 	__be16 type = (__be16)skb->protocol;
 
+	packet->count = skb->gso_segs ?: 1;
 	/* IP needs more than 14 bytes, with and without Ethernet. */
 	if (!eth)
 		return VERDICT_TRUNCATED;
@@ -261,12 +220,7 @@ static __always_inline enum verdict parse_tcp(struct __sk_buff *skb, struct pack
 		return VERDICT_TRUNCATED;
 	packet->flow.sport = tcp->source;
 	packet->flow.dport = tcp->dest;
-	if (tcp->rst)
-		packet->events = EVENT_RESET;
-	else if (tcp->fin)
-		packet->events = EVENT_FIN;
-	else if (tcp->syn)
-		packet->events = tcp->ack ? EVENT_ACCEPT : EVENT_OPEN;
+	packet->events = tcp_events(tcp);
 	return VERDICT_CONTINUE;
 }
 

@@ -100,6 +100,9 @@ static __s64 (*helper_csum_diff)(__be32 *from, __u32 from_size, __be32 *to, __u3
 				 __wsum seed) = (void *)BPF_FUNC_csum_diff;
 /* BPF_FUNC_set_retval: newer than many headers */
 static long (*helper_set_retval)(int retval) = (void *)187;
+static long (*helper_redirect_neigh)(__u32 device, void *params, int size,
+				     __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+#define bpf_redirect_neigh    helper_redirect_neigh
 #define bpf_get_socket_cookie helper_socket_cookie
 #define bpf_get_netns_cookie  helper_netns_cookie
 #define bpf_csum_diff	      helper_csum_diff

@@ -5,13 +5,21 @@
 
 #include "maps.h"
 
-static __always_inline void count(enum verdict verdict)
+/* Counts a packet, or a call of 0 bytes. */
+static __always_inline void count(enum verdict verdict, __u32 bytes)
 {
 	__u32 index = verdict;
-	__u64 *counter = map_lookup(verdicts, &index);
+	struct verdict_count *counter = map_lookup(verdicts, &index);
 
-	if (counter)
-		*counter += 1;
+	if (counter) {
+		counter->packets += 1;
+		counter->bytes += bytes;
+	}
+}
+
+static __always_inline bool is_translated(enum verdict verdict)
+{
+	return verdict == VERDICT_NEW || verdict == VERDICT_ESTABLISHED || verdict == VERDICT_REPLY;
 }
 
 /* Refused with an answer, as nobody listens; the other refusals are silent. */
@@ -29,6 +37,10 @@ static __always_inline bool is_refusal(enum verdict verdict)
 	case VERDICT_DROP_EMPTY:
 	case VERDICT_DROP_SOURCE:
 	case VERDICT_MAP_FULL:
+	case VERDICT_SNAT_FULL:
+	case VERDICT_NO_ROUTE:
+	case VERDICT_HOPS:
+	case VERDICT_TOO_BIG:
 	case VERDICT_REWRITE_FAILED:
 	case VERDICT_BIND_DENIED:
 		return true;

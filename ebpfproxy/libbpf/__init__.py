@@ -13,6 +13,8 @@ from ebpfproxy.libbpf.objects import STAMP, Object
 from ebpfproxy.libbpf.programs import (
     TCX_EGRESS,
     TCX_INGRESS,
+    XDP_GENERIC,
+    XDP_NATIVE,
     Link,
     LinkInfo,
     Program,
@@ -24,6 +26,8 @@ __all__ = [
     "STAMP",
     "TCX_EGRESS",
     "TCX_INGRESS",
+    "XDP_GENERIC",
+    "XDP_NATIVE",
     "Link",
     "LinkInfo",
     "Map",

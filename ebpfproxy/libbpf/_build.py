@@ -17,6 +17,7 @@ typedef uint8_t __u8;
 typedef uint16_t __u16;
 typedef uint32_t __u32;
 typedef uint64_t __u64;
+typedef int32_t __s32;
 typedef int64_t __s64;
 typedef uint16_t __be16;
 typedef uint32_t __be32;
@@ -48,6 +49,9 @@ struct bpf_map_info {
 };
 struct bpf_prog_info { __u32 type; __u32 id; __u8 tag[8]; char name[16]; ...; };
 struct __sk_buff { __u32 len; __u32 mark; __u32 ifindex; __u32 ingress_ifindex; ...; };
+struct xdp_md {
+    __u32 data; __u32 data_end; __u32 data_meta; __u32 ingress_ifindex; __u32 rx_queue_index; ...;
+};
 
 struct bpf_object; struct bpf_map; struct bpf_program; struct btf;
 
@@ -67,6 +71,8 @@ const char *bpf_program__name(const struct bpf_program *prog);
 const char *bpf_program__section_name(const struct bpf_program *prog);
 enum bpf_prog_type bpf_program__type(const struct bpf_program *prog);
 enum bpf_attach_type bpf_program__expected_attach_type(const struct bpf_program *prog);
+__u32 bpf_program__flags(const struct bpf_program *prog);
+int bpf_program__set_flags(struct bpf_program *prog, __u32 flags);
 int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
 int bpf_program__fd(const struct bpf_program *prog);
 
@@ -114,10 +120,10 @@ void glue_clear_messages(void);
 int glue_map_create(__u32 type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
                     __u32 flags);
 int glue_map_update_batch(int fd, const void *keys, const void *values, __u32 *count, __u64 flags);
-int glue_link_create(int prog_fd, int target, __u32 attach_type);
+int glue_link_create(int prog_fd, int target, __u32 attach_type, __u32 flags);
 int glue_link_info(int fd, struct glue_link_info *info);
 int glue_run(int prog_fd, struct glue_run *run);
-int glue_load_trivial(__u32 type);
+int glue_load_trivial(__u32 type, __u32 flags);
 int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper);
 void *glue_variable(struct bpf_object *object, const char *name, __u32 *size);
 int glue_struct_size(struct bpf_object *object, const char *name);

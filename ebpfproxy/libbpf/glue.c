@@ -94,10 +94,12 @@ static int glue_map_update_batch(int fd, const void *keys, const void *values, _
 
 /* ---- links and programs ---- */
 
-static int glue_link_create(int prog_fd, int target, __u32 attach_type)
+static int glue_link_create(int prog_fd, int target, __u32 attach_type, __u32 flags)
 {
-	/* target: a cgroup's file descriptor or, for tcx, an interface index */
-	return bpf_link_create(prog_fd, target, attach_type, NULL);
+	LIBBPF_OPTS(bpf_link_create_opts, opts, .flags = flags);
+
+	/* target: a cgroup's file descriptor or, for tcx and XDP, an interface index */
+	return bpf_link_create(prog_fd, target, attach_type, &opts);
 }
 
 struct glue_link_info {
@@ -142,6 +144,9 @@ static int glue_link_info(int fd, struct glue_link_info *info)
 	if (raw.type == BPF_LINK_TYPE_CGROUP) {
 		info->cgroup_id = raw.cgroup.cgroup_id;
 		info->attach_type = raw.cgroup.attach_type;
+	} else if (raw.type == BPF_LINK_TYPE_XDP) {
+		info->ifindex = raw.tcx.ifindex; /* in the same place */
+		info->attach_type = BPF_XDP;
 	} else if (raw.type == 11 /* BPF_LINK_TYPE_TCX, Linux 6.6 */) {
 		info->ifindex = raw.tcx.ifindex;
 		info->attach_type = raw.tcx.attach_type;
@@ -176,14 +181,15 @@ static int glue_run(int prog_fd, struct glue_run *run)
 }
 
 /* Load "return 0" of a type: what probes attach. */
-static int glue_load_trivial(__u32 type)
+static int glue_load_trivial(__u32 type, __u32 flags)
 {
+	LIBBPF_OPTS(bpf_prog_load_opts, opts, .prog_flags = flags);
 	const struct bpf_insn insns[] = {
 		{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0},
 		{.code = BPF_JMP | BPF_EXIT},
 	};
 
-	return bpf_prog_load(type, "probe", "GPL", insns, 2, NULL);
+	return bpf_prog_load(type, "probe", "GPL", insns, 2, &opts);
 }
 
 /*

@@ -156,10 +156,12 @@ class Map(Descriptor):
         check(result, f"remove from map {self.name}")
         return True
 
-    def get_percpu_sum(self, key: bytes) -> int:
-        """Return the sum over all CPUs of a per-CPU __u64."""
+    def get_percpu_sums(self, key: bytes) -> tuple[int, ...]:
+        """Return the sums over all CPUs of a per-CPU value that is made of __u64 only; () without an entry."""
         value = self.get(key)
-        return sum(memoryview(value).cast("Q")) if value else 0
+        columns = self.stride // 8
+        numbers = memoryview(value).cast("Q").tolist() if value else []
+        return tuple(sum(numbers[column::columns]) for column in range(columns if value else 0))
 
     # ---- many entries ----
 

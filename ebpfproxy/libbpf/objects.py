@@ -12,7 +12,8 @@ from ebpfproxy.libbpf._ffi import ffi, lib
 from ebpfproxy.libbpf.descriptor import Closeable
 from ebpfproxy.libbpf.errors import check, kernel_error
 from ebpfproxy.libbpf.maps import Map, MapDefinition
-from ebpfproxy.libbpf.programs import Program, ProgramDefinition
+from ebpfproxy.libbpf.probes import has_xdp_frags
+from ebpfproxy.libbpf.programs import XDP_HAS_FRAGS, Program, ProgramDefinition
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,6 +112,9 @@ class Object(Closeable):
         """
         for each in self._programs.values():
             check(lib.bpf_program__set_autoload(each, programs), f"choose the programs of {self.path}")
+            flags = lib.bpf_program__flags(each)
+            if flags & XDP_HAS_FRAGS and not has_xdp_frags():
+                check(lib.bpf_program__set_flags(each, flags & ~XDP_HAS_FRAGS), f"choose flags of {self.path}")
         lib.glue_clear_messages()
         result = lib.bpf_object__load(self._object)
         if result == 0:

@@ -6,7 +6,7 @@ import errno
 import os
 
 from ebpfproxy.libbpf._ffi import ffi, lib
-from ebpfproxy.libbpf.programs import TCX_INGRESS
+from ebpfproxy.libbpf.programs import TCX_INGRESS, XDP_HAS_FRAGS
 
 # No device has this number: a kernel that knows tcx links answers ENODEV, others EINVAL.
 NO_DEVICE = 0x7FFFFFFF
@@ -67,13 +67,22 @@ def has_batch_operations() -> bool:
         os.close(table)
 
 
+def has_xdp_frags() -> bool:
+    """Return whether XDP programs can be loaded that take frames of several buffers (Linux 5.18)."""
+    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, XDP_HAS_FRAGS)
+    if program < 0:
+        return False
+    os.close(program)
+    return True
+
+
 def has_tcx() -> bool:
     """Return whether tc programs can be attached by links (Linux 6.6)."""
-    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS)
+    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS, 0)
     if program < 0:
         return False
     try:
-        link = lib.glue_link_create(program, NO_DEVICE, TCX_INGRESS)
+        link = lib.glue_link_create(program, NO_DEVICE, TCX_INGRESS, 0)
     finally:
         os.close(program)
     return bool(link == -errno.ENODEV)

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
+# XDP_FLAGS_*, linux/if_link.h: for any device, in the kernel's own code; or in the driver.
+XDP_GENERIC, XDP_NATIVE = 1 << 1, 1 << 2
+
+# BPF_F_XDP_HAS_FRAGS, linux/bpf.h of Linux 5.18: the program takes frames of several buffers.
+XDP_HAS_FRAGS = 1 << 5
+
 # BPF_PROG_TEST_RUN copies out at most this much more than it got: a program may add headers.
 GROWTH_BYTES = 256
 
@@ -36,7 +42,7 @@ class LinkInfo(NamedTuple):
     id: int
     program_id: int
     attach_type: int
-    ifindex: int  # 0: not a tcx link, or its device is gone
+    ifindex: int  # 0: not the link of a device, or its device is gone
     cgroup_id: int  # 0: not a cgroup link, or its cgroup is gone
 
 
@@ -86,11 +92,15 @@ class Program(Descriptor):
 
         Args:
             data: the frame from its Ethernet header on.
-            ifindex: the device that a tc program sees, in this network namespace; 0 = loopback.
+            ifindex: the device that the program sees, in this network namespace; 0 = loopback.
             repeat: run so often on the same packet, for timing.
             ctx: the whole context (struct __sk_buff, say), instead of ``ifindex``.
         """
-        if ctx is None and ifindex:
+        if ctx is None and ifindex and self.type == lib.BPF_PROG_TYPE_XDP:
+            frame = ffi.new("struct xdp_md *")
+            frame.ingress_ifindex, frame.data_end = ifindex, len(data)
+            ctx = bytes(ffi.buffer(frame))
+        elif ctx is None and ifindex:
             skb = ffi.new("struct __sk_buff *")
             skb.ifindex = ifindex
             ctx = bytes(ffi.buffer(skb))
@@ -127,7 +137,7 @@ class Link(Descriptor):
         except OSError as error:
             raise kernel_error(-(error.errno or errno.EIO), what) from error
         try:
-            result = lib.glue_link_create(program.fd, directory, wanted)
+            result = lib.glue_link_create(program.fd, directory, wanted, 0)
         finally:
             os.close(directory)
         if result == -errno.EBADF:
@@ -147,9 +157,30 @@ class Link(Descriptor):
             UnsupportedError: the kernel has no tcx links.
         """
         what = f"attach program {program.name} to device {ifindex}"
-        result = lib.glue_link_create(program.fd, ifindex, attach_type)
+        result = lib.glue_link_create(program.fd, ifindex, attach_type, 0)
         if result == -errno.EINVAL:
             raise UnsupportedError(f"{what}: this kernel has no tcx links (they came with Linux 6.6)")
+        return cls(check(result, what))
+
+    @classmethod
+    def attach_xdp(cls, program: Program, ifindex: int, flags: int) -> Self:
+        """Attach to a device, before the kernel's own code.
+
+        Args:
+            program: an XDP program.
+            ifindex: the device.
+            flags: XDP_NATIVE or XDP_GENERIC.
+
+        Raises:
+            UnsupportedError: the driver can't, or another XDP program is there.
+        """
+        how = "native" if flags & XDP_NATIVE else "generic"
+        what = f"attach program {program.name} to device {ifindex}, XDP {how}"
+        result = lib.glue_link_create(program.fd, ifindex, lib.BPF_XDP, flags)
+        if result in {-errno.EBUSY, -errno.EEXIST}:
+            raise UnsupportedError(f"{what}: another XDP program is there; see `ip link show`, or --xdp-mode off")
+        if result in {-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ERANGE, -errno.ENOMEM, -errno.ENOSPC}:
+            raise UnsupportedError(f"{what}: the driver refuses it: {os.strerror(-result)}")
         return cls(check(result, what))
 
     @classmethod

@@ -27,7 +27,7 @@ class LoadOptions:
     maps_dir: Path  # on a bpffs; made if missing
     config: Mapping[str, int] = field(default_factory=dict)  # fields of struct config; abi and stamp are ours
     sizes: Mapping[str, int] = field(default_factory=dict)  # max_entries by map name
-    objects: tuple[str, ...] = ("sock_lb", "tc_lb")
+    objects: tuple[str, ...] = ("sock_lb", "tc_lb", "xdp_lb")
     directory: Path = OBJECTS
 
     def object_files(self) -> list[Path]:

@@ -147,11 +147,20 @@ class Service(msgspec.Struct, frozen=True):
         return self.local if is_local else self.cluster
 
 
+class NodeSource(NamedTuple):
+    """The address of this node that packets out of a device get as their source."""
+
+    device: int  # index; 0: every device without an address of its own
+    family: int  # 4 | 6
+    address: str
+
+
 class NodePortAddresses(msgspec.Struct, frozen=True):
     """The node's own addresses, as the dataplane must know them."""
 
     serving: frozenset[str] = frozenset()  # NodePorts answer here; loopback: for local clients only
     local: frozenset[str] = frozenset()  # every address of this node, serving or not
+    sources: frozenset[NodeSource] = frozenset()  # at most one of each device and family
 
 
 class DesiredState(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS
 from ebpfproxy.libbpf import lib
 from ebpfproxy.loader import Loaded, LoadOptions, choose
 from ebpfproxy.loader.bcc import headers_problem
-from packets.node import NODE_PORTS, SECOND_NS, UDP_IDLE_S, V4, V6, Family, Node
+from packets.node import NODE_PORTS, SECOND_NS, SNAT_PORTS, UDP_IDLE_S, V4, V6, Family, Node
 from rig import kernel
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ SIZES = {
     "backends": 4096,
     "backend_stats": 4096,
     "service_stats": 1024,
+    "backend_hops": 4096,
     "conntrack": 8192,
+    "new_flows": 8192,
     "affinity": 8192,
     "sockets": 8192,
 }
@@ -44,6 +46,8 @@ CONFIG = {
     "node_port_min": NODE_PORTS[0],
     "node_port_max": NODE_PORTS[1],
     "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
+    "snat_port_min": SNAT_PORTS[0],
+    "snat_port_max": SNAT_PORTS[1],
     "features": lib.FEATURE_SET_RETVAL if kernel.is_since(5, 18) else 0,
 }
 

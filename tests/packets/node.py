@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SECOND_NS = 10**9
 NODE_PORTS = (30000, 32767)
+SNAT_PORTS = (61000, 61999)
 UDP_IDLE_S = 60
 #: Actions of tc programs, linux/pkt_cls.h: the next filter's turn, drop, send it from a device.
 TC_ACT_UNSPEC = 0xFFFFFFFF
@@ -166,7 +167,9 @@ class Node:
             "services",
             "source_ranges",
             "local_sources",
+            "node_sources",
             "conntrack",
+            "new_flows",
             "affinity",
             "sockets",
         ):
@@ -318,8 +321,8 @@ class Node:
         return stats.connections, stats.refused
 
     def flows(self) -> dict[bytes, Any]:
-        """Return the entries of map conntrack, as structs by key."""
-        return self._structs("conntrack", "struct flow *")
+        """Return the entries of maps conntrack and new_flows, as structs by key."""
+        return self._structs("conntrack", "struct flow *") | self._structs("new_flows", "struct flow *")
 
     def sockets(self) -> list[tuple[Any, Any]]:
         """Return the entries of map sockets, as pairs of structs."""
@@ -335,12 +338,13 @@ class Node:
             parsed = ffi.from_buffer("struct flow_key *", key)
             if direction is None or parsed.dir == direction:
                 wanted.append(key)
-        return self.map("conntrack").delete_batch(wanted)
+        return self.map("conntrack").delete_batch(wanted) + self.map("new_flows").delete_batch(wanted)
 
     def wait(self, seconds: float) -> None:
         """Let time pass: makes everything that is remembered older."""
         for name, struct, member in (
             ("conntrack", "struct flow *", "last_seen_ns"),
+            ("new_flows", "struct flow *", "last_seen_ns"),
             ("affinity", "struct affinity *", "last_used_ns"),
             ("sockets", "struct socket_flow *", "last_used_ns"),
         ):
@@ -367,7 +371,7 @@ class Node:
     def verdicts(self) -> dict[str, int]:
         """Return all counters by name."""
         counters = self.map("verdicts")
-        return {name: counters.get_percpu_sum(number(index)) for index, name in VERDICTS.items()}
+        return {name: counters.get_percpu_sums(number(index))[0] for index, name in VERDICTS.items()}
 
     # ---- packets ----
 

@@ -186,7 +186,8 @@ def test_rewrite_failed(node: Node, family: Family) -> None:
         dir=lib.FLOW_FORWARD,
     )
     node.vip(family.vip, lib.VIP_CLUSTER_IP)
-    value = struct_of("flow", addr="192.0.2.1" if family.version == 6 else "2001:db8::1", port=1)
+    other = "192.0.2.1" if family.version == 6 else "2001:db8::1"
+    value = struct_of("flow", src=other, dst=other, sport=1, dport=1)
     node.map("conntrack").update(to_bytes(key), to_bytes(value))
     ack = finished(frame(family, TCP(sport=40000, dport=PORT, flags="A"), family.client, family.vip))
     assert node.ingress(ack) == ("REWRITE_FAILED", None)
@@ -194,11 +195,11 @@ def test_rewrite_failed(node: Node, family: Family) -> None:
 
 def test_map_full(node: Node, family: Family) -> None:
     """An LRU map makes room by itself; one that can't (a small hash stands in) refuses the flow."""
-    definition = node.map("conntrack").definition
+    definition = node.map("new_flows").definition
     full = Map.create(definition._replace(type=lib.BPF_MAP_TYPE_HASH, max_entries=1, name="full"))
     with full, Object(OBJECTS / "tc_lb.bpf.o") as programs:
         for name in programs.maps:
-            programs.reuse(name, full if name == "conntrack" else node.map(name))
+            programs.reuse(name, full if name == "new_flows" else node.map(name))
         programs.load()
         service = node.service(family.vip, PORT, [family.backends[0]])
         before = node.verdicts()["MAP_FULL"]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Above the kernel's own ephemeral ports (net.ipv4.ip_local_port_range, 32768 to 60999): no two choose the same.
+SNAT_PORTS = (61000, 65535)
 #: All devices are checked so often even when no change was announced.
 RECHECK_S = 30.0
 
@@ -44,6 +46,7 @@ class BpfOptions:
     loader: str = "auto"
     sizes: Mapping[str, int] = field(default_factory=dict)  # map name -> max_entries
     node_ports: tuple[int, int] = (30000, 32767)  # both inclusive
+    snat_ports: tuple[int, int] = SNAT_PORTS  # both inclusive
     timeouts: Timeouts = field(default_factory=Timeouts)
     use_tcx: bool | None = None  # None: tcx links where the kernel has them, else clsact filters
 
@@ -95,6 +98,8 @@ class BpfDataplane:
                 "host_netns": host_netns,
                 "udp_idle_ns": int(options.timeouts.udp_idle_s * 1e9),
                 "features": features,
+                "snat_port_min": options.snat_ports[0],
+                "snat_port_max": options.snat_ports[1],
             },
             sizes=options.sizes,
         )

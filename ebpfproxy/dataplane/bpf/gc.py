@@ -1,6 +1,6 @@
 """Clears what the programs leave behind: expired entries, references to gone backends, drifted counters.
 
-A pass reads conntrack, sockets and affinity once, a bounded time at each tick. What refers to a backend
+A pass reads conntrack, new_flows, sockets and affinity once, a bounded time at each tick. What refers to a backend
 that is gone is known only at its end: then the ids that nothing refers to are free. Until then the id stays
 taken, and since ids are reused round robin, as late as possible, a stale entry never means another backend
 by accident (the programs compare address and port as well).
@@ -119,7 +119,7 @@ class Collector:
     """Walks over the maps that the programs write.
 
     Args:
-        maps: by name; conntrack, sockets, affinity and backend_stats are used.
+        maps: by name; conntrack, new_flows, sockets, affinity and backend_stats are used.
         timeouts: when entries expire.
         clock_ns: the programs' clock (bpf_ktime_get_ns is CLOCK_MONOTONIC).
     """
@@ -182,6 +182,7 @@ class Collector:
         """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
         for name, visit in (
             ("conntrack", self._visit_flow),
+            ("new_flows", self._visit_flow),
             ("sockets", self._visit_socket),
             ("affinity", self._visit_affinity),
         ):

@@ -81,6 +81,10 @@ class BackendStats(NamedTuple):
 
     connections: int
     open: int
+    packets: int
+    bytes: int
+    reply_packets: int
+    reply_bytes: int
 
 
 class ServiceStats(NamedTuple):
@@ -89,6 +93,10 @@ class ServiceStats(NamedTuple):
     connections: int
     refused: int
     next: int
+    packets: int
+    bytes: int
+    reply_packets: int
+    reply_bytes: int
 
 
 class NameValue(NamedTuple):
@@ -122,7 +130,7 @@ class SocketFlow(NamedTuple):
 
 
 class FlowKey(NamedTuple):
-    """Key of map conntrack."""
+    """Key of maps conntrack and new_flows."""
 
     src: bytes
     dst: bytes
@@ -133,14 +141,34 @@ class FlowKey(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """Value of map conntrack."""
+    """Value of maps conntrack and new_flows."""
 
-    addr: bytes
-    port: bytes
+    src: bytes
+    dst: bytes
+    sport: bytes
+    dport: bytes
     state: int
+    flags: int
     service: int
     backend: int
     last_seen_ns: int
+    bytes: int
+    packets: int
+    hop: bytes
+
+
+class NodeSourceKey(NamedTuple):
+    """Key of map node_sources."""
+
+    device: int
+    family: int
+
+
+class VerdictCount(NamedTuple):
+    """Value of map verdicts."""
+
+    packets: int
+    bytes: int
 
 
 class AffinityKey(NamedTuple):
@@ -241,6 +269,8 @@ AFFINITY_KEY = Layout("affinity_key", AffinityKey)
 AFFINITY = Layout("affinity", AffinityValue)
 SOURCE_RANGE_KEY = Layout("source_range_key", SourceRangeKey)
 LOCAL_SOURCE_KEY = Layout("local_source_key", LocalSourceKey)
+NODE_SOURCE_KEY = Layout("node_source_key", NodeSourceKey)
+VERDICT_COUNT = Layout("verdict_count", VerdictCount)
 U32 = struct.Struct("=I")
 #: Bytes from one slot to the next: the kernel rounds the values of an array up to 8.
 SLOT_SIZE = 8

@@ -15,6 +15,7 @@ from ebpfproxy.dataplane.bpf.ids import IdAllocator, SlotAllocator, full
 from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND,
     LOCAL_SOURCE_KEY,
+    NODE_SOURCE_KEY,
     PROTOCOL_NUMBER,
     SERVICE,
     SERVICE_KEY,
@@ -46,7 +47,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 #: The maps that the control plane fills. ``backends`` is keyed by id, ``slots`` by the base of a range.
-NAMES = ("service_names", "backends", "slots", "source_ranges", "local_sources", "services", "vips")
+NAMES = (
+    "service_names",
+    "backends",
+    "slots",
+    "source_ranges",
+    "local_sources",
+    "node_sources",
+    "services",
+    "vips",
+)
 
 #: Seconds until an unused slot range is handed out again; a program holds one for microseconds.
 SLOT_GRACE_S = 1.0
@@ -108,9 +118,23 @@ def name_bytes(service: Service) -> bytes:
     )
 
 
-def _flags(service: Service, kind: FrontendKind, *, is_external: bool, is_drop: bool) -> int:
+class Masquerade(NamedTuple):
+    """Whose traffic to a cluster IP gets this node's address as source (see ``DesiredState``)."""
+
+    all: bool = False
+    outside: bool = False
+
+
+def _flags(
+    service: Service, kind: FrontendKind, masquerade: Masquerade, *, is_external: bool, is_drop: bool
+) -> int:
     """Return the bits of ``enum service_flag`` for a frontend."""
     flags = lib.SERVICE_DROP_EMPTY if is_drop else 0
+    if kind is FrontendKind.CLUSTER_IP:
+        if masquerade.all or (masquerade.outside and is_external):
+            flags |= lib.SERVICE_SNAT_ALL
+    elif is_external and service.external_policy is Policy.CLUSTER:
+        flags |= lib.SERVICE_SNAT
     if service.policy(kind, is_external=is_external) is Policy.LOCAL:
         flags |= lib.SERVICE_LOCAL
     if kind is FrontendKind.LOAD_BALANCER and service.has_source_ranges:
@@ -118,7 +142,7 @@ def _flags(service: Service, kind: FrontendKind, *, is_external: bool, is_drop: 
     return int(flags)
 
 
-def render_service(service: Service) -> RenderedService:
+def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> RenderedService:  # noqa: B008
     """Return what the maps must know of ``service``. Pure."""
     proto = PROTOCOL_NUMBER[service.protocol]
     family = service.name.family
@@ -158,7 +182,9 @@ def render_service(service: Service) -> RenderedService:
             policy = service.policy(frontend.kind, is_external=is_external)
             pool = service.pool(frontend.kind, is_external=is_external)
             is_drop = pool.on_empty is Empty.DROP
-            flags = _flags(service, frontend.kind, is_external=is_external, is_drop=is_drop)
+            flags = _flags(
+                service, frontend.kind, masquerade, is_external=is_external, is_drop=is_drop
+            )
             key = SERVICE_KEY.pack(address, port, proto, scope)
             frontends.append(FrontendEntry(key, kind, flags, table_of(policy)))
     return RenderedService(
@@ -267,6 +293,7 @@ class Tables:
         self._retired_vips: set[bytes] = set()
         self._node_vips: frozenset[tuple[bytes, int]] = frozenset()
         self._state: DesiredState | None = None
+        self._masquerade = Masquerade()
         self._take_over()
 
     # -- the two pictures ------------------------------------------------------------------------
@@ -372,8 +399,11 @@ class Tables:
             The Services that did not fit, with the reason: they keep what they had. Services are tried
             again at every call until they fit. None in place of a Service: the node's addresses.
         """
+        masquerade = Masquerade(state.masquerades_all, state.masquerades_outside)
+        must_render = masquerade != self._masquerade
+        self._masquerade = masquerade
         now = {id(service): service for service in state.services}
-        changed = [service for number, service in now.items() if number not in self._seen]
+        changed = [service for number, service in now.items() if must_render or number not in self._seen]
         left = [service for number, service in self._seen.items() if number not in now]
         if left or self._adopted:
             kept = set(map(name_bytes, state.services if self._adopted else changed))
@@ -421,7 +451,7 @@ class Tables:
         Raises:
             MapFullError: it does not fit; nothing was changed.
         """
-        rendered = render_service(service)
+        rendered = render_service(service, self._masquerade)
         entry = self._entries.get(rendered.name)
         known, old_ranges = (entry.backends, entry.ranges) if entry else ({}, {})
         fresh = [key for key in rendered.backends if key not in known]
@@ -568,16 +598,26 @@ class Tables:
         vips = frozenset(
             [(pack_address(address), lib.VIP_NODE) for address in addresses.serving]
             + [(pack_address(address), lib.VIP_LOCAL) for address in addresses.local | addresses.serving]
+            + [(pack_address(source.address), lib.VIP_SNAT) for source in addresses.sources]
         )
+        node_sources = {
+            NODE_SOURCE_KEY.pack(source.device, source.family): pack_address(source.address)
+            for source in addresses.sources
+        }
         sources = {LOCAL_SOURCE_KEY.pack(*pack_prefix(cidr)) for cidr in state.local_sources}
-        self._check_room("vips", {address for address, kind in vips if kind == lib.VIP_NODE})
+        self._check_room("vips", {address for address, kind in vips if kind != lib.VIP_LOCAL})
         self._check_room("local_sources", sources)
+        self._check_room("node_sources", node_sources)
         self._set_vips(_NODE, self._node_vips, vips)
         self._node_vips = vips
         for key in sources - self.wanted["local_sources"].keys():
             self.want("local_sources", key, _USED)
         for key in self.wanted["local_sources"].keys() - sources:
             self.want("local_sources", key, None)
+        for key in self.wanted["node_sources"].keys() - node_sources.keys():
+            self.want("node_sources", key, None)
+        for key, address in node_sources.items():
+            self.want("node_sources", key, address)
 
     # -- room ------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ command answers at once.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -146,7 +147,8 @@ class VerdictRow(msgspec.Struct, frozen=True):
     """How often the programs decided so."""
 
     verdict: str
-    count: int
+    count: int  # packets, or calls
+    bytes: int  # 0 for calls
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -413,7 +415,7 @@ def connections(maps: Maps, chosen: Chosen | None = None) -> list[ConnectionRow]
 
 
 def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[ConnectionRow]:
-    for key_bytes, value in maps["conntrack"].items():
+    for key_bytes, value in itertools.chain(maps["conntrack"].items(), maps["new_flows"].items()):
         key, flow = FLOW_KEY.read(key_bytes), FLOW.read(value)
         if key.dir == lib.FLOW_FORWARD:
             yield ConnectionRow(
@@ -421,7 +423,7 @@ def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Conne
                 protocol=_protocol(key.proto),
                 client=endpoint(key.src, key.sport),
                 vip=endpoint(key.dst, key.dport),
-                backend=endpoint(flow.addr, flow.port),
+                backend=endpoint(flow.dst, flow.dport),
                 service=names[flow.service][0] if flow.service in names else "",
                 state=_flow_state(flow.state),
                 idle_s=_idle_s(flow.last_seen_ns),
@@ -535,7 +537,8 @@ def verdicts(maps: Maps) -> list[VerdictRow]:
     for number, name in sorted(ffi.typeof("enum verdict").elements.items()):
         if number not in (lib.VERDICT_CONTINUE, lib.VERDICT_MAX):
             text = name.removeprefix("VERDICT_").lower().replace("_", "-")
-            rows.append(VerdictRow(text, maps["verdicts"].get_percpu_sum(U32.pack(number))))
+            total = maps["verdicts"].get_percpu_sums(U32.pack(number))
+            rows.append(VerdictRow(text, *total))
     return rows
 
 

@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * frame.h - reads and translates a frame in XDP, by direct access.
+ *
+ * Only what is frequent and simple: untagged Ethernet, whole packets, no IP options or extension headers, TCP and
+ * UDP. Everything else is for tc_lb, which does all of it. A frame has its checksums finished, unlike an skb.
+ */
+#ifndef EBPFPROXY_FRAME_H
+#define EBPFPROXY_FRAME_H
+
+#include "packet.h"
+
+#define FRAME_L3 sizeof(struct ethhdr)
+
+/* Whether the `size` bytes from `start` on are there. */
+#define frame_holds(start, size, end) ((void *)(start) + (size) <= (end))
+
+static __always_inline bool read_ports(struct packet *packet, void *l4, void *end)
+{
+	struct tcphdr *tcp = l4;
+	struct udphdr *udp = l4;
+
+	switch (packet->next) {
+	case IPPROTO_TCP:
+		if (!frame_holds(tcp, sizeof(*tcp), end) || packet->l4_size < sizeof(*tcp))
+			return false;
+		packet->flow.sport = tcp->source;
+		packet->flow.dport = tcp->dest;
+		packet->events = tcp_events(tcp);
+		return true;
+	case IPPROTO_UDP:
+		if (!frame_holds(udp, sizeof(*udp), end) || packet->l4_size < sizeof(*udp))
+			return false;
+		packet->flow.sport = udp->source;
+		packet->flow.dport = udp->dest;
+		packet->events = 0;
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* Fills `packet`; false: not a frame for XDP. */
+static __always_inline bool read_frame(struct xdp_md *ctx, struct packet *packet)
+{
+	void *start = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct ethhdr *eth = start;
+	struct ipv6hdr *ip6 = start + FRAME_L3;
+	struct iphdr *ip4 = start + FRAME_L3;
+	__u32 size, header;
+	void *l4;
+
+	if (!frame_holds(ip4, sizeof(*ip4), end))
+		return false;
+	if (eth->h_proto == bpf_htons(ETHERTYPE_IP4)) {
+		size = bpf_ntohs(ip4->tot_len);
+		header = sizeof(*ip4);
+		l4 = ip4 + 1;
+		if (ip4->version != IP4_VERSION || ip4->ihl != IP4_HEADER_MIN ||
+		    ip4->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET))
+			return false;
+		addr_set_v4(&packet->flow.src, ip4->saddr);
+		addr_set_v4(&packet->flow.dst, ip4->daddr);
+		packet->version = IP4_VERSION;
+		packet->next = ip4->protocol;
+		packet->hops = ip4->ttl;
+	} else if (eth->h_proto == bpf_htons(ETHERTYPE_IP6)) {
+		if (!frame_holds(ip6, sizeof(*ip6), end) || ip6->version != IP6_VERSION)
+			return false;
+		size = bpf_ntohs(ip6->payload_len) + sizeof(*ip6);
+		header = sizeof(*ip6);
+		l4 = ip6 + 1;
+		__builtin_memcpy(&packet->flow.src, &ip6->saddr, sizeof(packet->flow.src));
+		__builtin_memcpy(&packet->flow.dst, &ip6->daddr, sizeof(packet->flow.dst));
+		packet->version = IP6_VERSION;
+		packet->next = ip6->nexthdr;
+		packet->hops = ip6->hop_limit;
+	} else {
+		return false;
+	}
+	/* Cut short, or in several buffers. */
+	if (size < header || start + FRAME_L3 + size > end)
+		return false;
+	packet->l3 = FRAME_L3;
+	packet->l4 = FRAME_L3 + header;
+	packet->l4_size = size - header;
+	packet->count = 1;
+	packet->flow.proto = packet->next;
+	packet->flow.pad[0] = 0;
+	packet->flow.pad[1] = 0;
+	return read_ports(packet, l4, end);
+}
+
+/* One's complement sum (RFC 1071) with `from` taken out and `to` put in (RFC 1624, equation 3). */
+static __always_inline __u64 sum_exchange(__u64 sum, __u32 from, __u32 to)
+{
+	return sum + (__u32)~from + to;
+}
+
+static __always_inline __u64 sum_exchange_addr(__u64 sum, const struct addr *from,
+					       const struct addr *to)
+{
+	sum = sum_exchange(sum, from->w[0], to->w[0]);
+	sum = sum_exchange(sum, from->w[1], to->w[1]);
+	sum = sum_exchange(sum, from->w[2], to->w[2]);
+	return sum_exchange(sum, from->w[3], to->w[3]);
+}
+
+static __always_inline __u16 sum_finish(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+static __always_inline __u16 l4_sum(__u16 check, const struct packet *packet, const struct flow *flow)
+{
+	__u64 sum = (__u16)~check;
+
+	/* IPv4 addresses have the same words in front on both sides: no difference. */
+	sum = sum_exchange_addr(sum, &packet->flow.src, &flow->src);
+	sum = sum_exchange_addr(sum, &packet->flow.dst, &flow->dst);
+	sum = sum_exchange(sum, packet->flow.sport, flow->sport);
+	sum = sum_exchange(sum, packet->flow.dport, flow->dport);
+	return sum_finish(sum);
+}
+
+/* Gives the frame what the flow says, and one hop less if it is `forwarded`. False: nothing was changed. */
+static __always_inline bool write_frame(struct xdp_md *ctx, const struct packet *packet,
+					const struct flow *flow, bool forwarded)
+{
+	void *start = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct iphdr *ip4 = start + FRAME_L3;
+	struct ipv6hdr *ip6 = start + FRAME_L3;
+	bool is_v4 = packet->version == IP4_VERSION;
+	struct tcphdr *tcp = is_v4 ? (void *)(ip4 + 1) : (void *)(ip6 + 1);
+	struct udphdr *udp = (void *)tcp;
+	bool is_tcp = packet->next == IPPROTO_TCP;
+
+	if (addr_is_v4(&flow->dst) != is_v4 ||
+	    !frame_holds(tcp, is_tcp ? sizeof(*tcp) : sizeof(*udp), end))
+		return false;
+	if (is_tcp) {
+		if (!frame_holds(tcp, sizeof(*tcp), end))
+			return false;
+		tcp->source = flow->sport;
+		tcp->dest = flow->dport;
+		tcp->check = l4_sum(tcp->check, packet, flow);
+	} else {
+		if (!frame_holds(udp, sizeof(*udp), end))
+			return false;
+		udp->source = flow->sport;
+		udp->dest = flow->dport;
+		/* 0: the sender made none; a computed 0 is sent as 0xffff (RFC 768). */
+		if (udp->check)
+			udp->check = l4_sum(udp->check, packet, flow) ?: 0xffff;
+	}
+	if (is_v4) {
+		__u64 sum = (__u16)~ip4->check;
+
+		sum = sum_exchange(sum, ip4->saddr, flow->src.w[3]);
+		sum = sum_exchange(sum, ip4->daddr, flow->dst.w[3]);
+		if (forwarded)
+			sum = sum_exchange(sum, bpf_htons(packet->hops << 8),
+					   bpf_htons((packet->hops - 1) << 8));
+		ip4->check = sum_finish(sum);
+		ip4->saddr = flow->src.w[3];
+		ip4->daddr = flow->dst.w[3];
+		ip4->ttl -= forwarded;
+	} else {
+		__builtin_memcpy(&ip6->saddr, &flow->src, sizeof(ip6->saddr));
+		__builtin_memcpy(&ip6->daddr, &flow->dst, sizeof(ip6->daddr));
+		ip6->hop_limit -= forwarded;
+	}
+	return true;
+}
+
+static __always_inline void write_macs(struct xdp_md *ctx, const struct next_hop *hop)
+{
+	void *start = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+
+	if (frame_holds(start, 2 * ETH_ALEN, end))
+		__builtin_memcpy(start, hop->to_mac, 2 * ETH_ALEN);
+}
+
+#endif /* EBPFPROXY_FRAME_H */

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * snat.h - when a flow's source becomes an address of this node, and with which port.
+ *
+ * A source is kept whenever the reply is certain to come back here. A port is taken by inserting the entry of
+ * the reply direction: no two flows from one address of ours to one backend have the same.
+ */
+#ifndef EBPFPROXY_SNAT_H
+#define EBPFPROXY_SNAT_H
+
+#include "hop.h"
+
+/* So many ports are tried. With a part p of all ports in use, a free one is missed with p^32: 3 % of the time at
+ * 90 %. The bound is also the verifier's.
+ */
+#define SNAT_TRIES 32
+/* From one try to the next: a prime, so that it visits every port of any range it does not divide. */
+#define SNAT_STRIDE 7919
+
+static __always_inline bool is_snat_port(const struct packet *packet)
+{
+	__u16 number = bpf_ntohs(packet->flow.dport);
+
+	/* SCTP keeps the client's port where it can (take_port). */
+	return packet->flow.proto == IPPROTO_SCTP ||
+	       (number >= config.snat_port_min && number <= config.snat_port_max);
+}
+
+/* Whether the source has to become ours. The agent says what a frontend asks for, by its traffic policy and kind. */
+static __always_inline bool needs_snat(const struct service *service, const struct backend *backend,
+				       const struct addr *client)
+{
+	if (!config.snat_port_max)
+		return false;
+	/* Hairpin: a backend would answer itself past us. */
+	if (service->flags & SERVICE_SNAT_ALL || addr_equal(client, &backend->address))
+		return true;
+	return service->flags & SERVICE_SNAT && !(backend->flags & BACKEND_LOCAL);
+}
+
+/* Inserts the reply entry of `flow` under a free port, and notes the port in `flow`. */
+static __always_inline bool take_port(struct scratch *room)
+{
+	const struct flow_key *key = &room->packet.flow;
+	__u32 range = config.snat_port_max - config.snat_port_min + 1;
+	__u32 random = bpf_get_prandom_u32();
+
+	for (__u32 i = 0; i < SNAT_TRIES; i++) {
+		__be16 port = bpf_htons(config.snat_port_min + (random + i * SNAT_STRIDE) % range);
+
+		/* Another port costs SCTP its checksum (crc32c.h). */
+		if (!i && key->proto == IPPROTO_SCTP)
+			port = key->sport;
+		room->twin_key.dport = port;
+		if (map_lookup(conntrack, &room->twin_key))
+			continue;
+		if (map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST))
+			continue;
+		room->flow.sport = port;
+		return true;
+	}
+	return false;
+}
+
+/* Remembers a new flow, whose forward value is room->flow. The oldest of the new flows make room. */
+static __always_inline enum verdict add_flow(struct scratch *room)
+{
+	const struct flow_key *key = &room->packet.flow;
+
+	make_twin_key(key, &room->flow, &room->twin_key);
+	make_twin(key, &room->flow, &room->twin);
+	if (room->flow.flags & FLOW_SNAT) {
+		if (!take_port(room))
+			return VERDICT_SNAT_FULL;
+	} else {
+		/* Where another VIP led the same client port to the same backend, the newer flow gets the replies. */
+		map_delete(conntrack, &room->twin_key);
+		if (map_update(new_flows, &room->twin_key, &room->twin, BPF_ANY))
+			return VERDICT_MAP_FULL;
+	}
+	if (map_update(new_flows, key, &room->flow, BPF_ANY)) {
+		map_delete(new_flows, &room->twin_key);
+		return VERDICT_MAP_FULL;
+	}
+	return VERDICT_CONTINUE;
+}
+
+#endif /* EBPFPROXY_SNAT_H */
