@@ -147,6 +147,31 @@ def select_devices(found: Iterable[Device], patterns: Sequence[str]) -> list[Dev
     return [d for d in found if not d.is_loopback and d.port_of not in ("bridge", "bond", "team")]
 
 
+def uplinks(found: Iterable[Device]) -> list[Device]:
+    """Return the devices that lead out of this host: hardware, and where the default routes go.
+
+    Ports of a bridge or bond are none: what comes in by them belongs to the device above.
+    """
+    outside = _default_route_devices()
+    return [
+        device
+        for device in select_devices(found, ())
+        if (not device.kind and not device.port_of) or device.number in outside
+    ]
+
+
+def _default_route_devices() -> set[int]:
+    """Return the indexes of the devices that the default routes lead to."""
+    with _iproute("find the default routes") as route:
+        return {
+            number
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for entry in route.get_default_routes(family=family)
+            for number in (entry.get("oif"), *(hop["oif"] for hop in entry.get("multipath") or ()))
+            if number
+        }
+
+
 def addresses() -> list[Address]:
     """Return the addresses of this network namespace in the kernel's order, loopback included."""
     with _iproute("list addresses") as route:

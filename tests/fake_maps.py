@@ -44,6 +44,7 @@ LIMITS = {
     "vips": 32,
     "source_ranges": 32,
     "local_sources": 8,
+    "node_sources": 8,
 }
 ELEMENT = {
     "backends": BACKEND.size,

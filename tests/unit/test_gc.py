@@ -17,10 +17,11 @@ from ebpfproxy.dataplane.bpf.layouts import (
     pack_address,
     pack_port,
 )
-from ebpfproxy.libbpf import lib
+from ebpfproxy.libbpf import ffi, lib
 from fake_maps import FakeMap
 
 TCP, UDP, SCTP = 6, 17, 132
+NO_HOP = bytes(ffi.sizeof("struct next_hop"))
 NOW_S = 1_000_000
 VIP, CLIENT, BACKEND = map(pack_address, ("10.96.0.1", "192.0.2.5", "10.1.0.1"))
 BOTH_FINS = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY | lib.FLOW_REPLIED
@@ -31,7 +32,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.maps = {
-            name: FakeMap(name, 64) for name in ("conntrack", "sockets", "affinity", "backend_stats")
+            name: FakeMap(name, 64) for name in ("conntrack", "new_flows", "sockets", "affinity", "backend_stats")
         }
         self.collector = Collector(self.maps, Timeouts(), lambda: NOW_S * 10**9)  # type: ignore[arg-type]
         self.now_s = 0.0
@@ -48,11 +49,11 @@ class Rig:
         for key, value in (
             (
                 FLOW_KEY.pack(CLIENT, VIP, pack_port(port), pack_port(80), proto, lib.FLOW_FORWARD),
-                FLOW.pack(BACKEND, pack_port(8080), state, 1, backend, stamp),
+                FLOW.pack(CLIENT, BACKEND, pack_port(port), pack_port(8080), state, 0, 1, backend, stamp, 0, 0, NO_HOP),
             ),
             (
                 FLOW_KEY.pack(BACKEND, CLIENT, pack_port(8080), pack_port(port), proto, lib.FLOW_REPLY),
-                FLOW.pack(VIP, pack_port(80), state, 1, backend, stamp),
+                FLOW.pack(VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 1, backend, stamp, 0, 0, NO_HOP),
             ),
         ):
             self.maps["conntrack"].entries[key] = value
@@ -66,7 +67,7 @@ class Rig:
     def set_open(self, backend: int, value: int) -> None:
         self.maps["backend_stats"].mmap()[
             backend * BACKEND_STATS.size : (backend + 1) * BACKEND_STATS.size
-        ] = BACKEND_STATS.pack(0, value)
+        ] = BACKEND_STATS.pack(0, value, 0, 0, 0, 0)
 
     def open(self, backend: int) -> int:
         memory = self.maps["backend_stats"].memory

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpfproxy.dataplane.bpf.layouts import (
+    BACKEND_STATS,
     SERVICE,
     SERVICE_KEY,
     SERVICE_NAME,
@@ -233,7 +234,8 @@ def test_everything_goes_when_nothing_is_wanted_and_nothing_refers_to_it() -> No
         source_ranges=("10.0.0.0/8",),
     )
     program(tables, maps, DesiredState((full,)))
-    maps["backend_stats"].memory[16:32] = b"\x07" * 16
+    size = BACKEND_STATS.size
+    maps["backend_stats"].memory[size : 2 * size] = b"\x07" * size
     program(tables, maps, DesiredState(()))
     assert maps["services"].entries == {}
     assert maps["source_ranges"].entries == {}

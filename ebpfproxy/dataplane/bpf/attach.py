@@ -15,7 +15,7 @@ from ebpfproxy.libbpf import TCX_EGRESS, TCX_INGRESS, Link, Program
 from ebpfproxy.libbpf.probes import has_tcx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
 log = logging.getLogger(__name__)
@@ -189,8 +189,8 @@ class Attachments:
             info = link.info()
             return info.cgroup_id == cgroup_id and info.attach_type == program.attach_type
 
-        if not _swap(path, program, is_ours):
-            _pin(Link.attach_cgroup(program, self._cgroup), path)
+        if not swap_program(path, program, is_ours):
+            pin_link(Link.attach_cgroup(program, self._cgroup), path)
 
     def _attach_device_program(
         self, program_name: str, device: str, index: int, attach_type: int, parent: int
@@ -207,8 +207,8 @@ class Attachments:
             info = link.info()
             return info.ifindex == index and info.attach_type == attach_type
 
-        if not _swap(path, program, is_ours):
-            _pin(Link.attach_tcx(program, index, attach_type), path)
+        if not swap_program(path, program, is_ours):
+            pin_link(Link.attach_tcx(program, index, attach_type), path)
 
     def _note_qdisc(self, program: Program, device: str) -> None:
         """Leave a mark, for whoever removes the filters, that the qdisc came with them.
@@ -226,10 +226,13 @@ class Attachments:
             if name not in wanted:
                 del self._attached[name]
         keep = {pin_name(program, device) for program in DEVICE_PROGRAMS for device in wanted}
-        for path in _device_pins(self._links):
+        for path in self._device_pins():
             if path.name not in keep:
                 path.unlink(missing_ok=True)
                 log.info("detached from device: %s", path.name)
+
+    def _device_pins(self) -> list[Path]:
+        return [path for path in self._links.iterdir() if path.name.partition("@")[0] in DEVICE_PROGRAMS]
 
     def _remove_filters(self, keep: AbstractSet[int]) -> None:
         """Remove the filters of an earlier run from all devices but these."""
@@ -260,11 +263,7 @@ def remove_filters(marks: Path, keep: AbstractSet[int] = frozenset()) -> list[st
     return removed
 
 
-def _device_pins(links: Path) -> Iterable[Path]:
-    return [path for path in links.iterdir() if "@" in path.name]
-
-
-def _swap(path: Path, program: Program, is_ours: Callable[[Link], bool]) -> bool:
+def swap_program(path: Path, program: Program, is_ours: Callable[[Link], bool]) -> bool:
     """Put ``program`` into the link pinned at ``path``; return False if there is none that fits."""
     try:
         link = Link.open(path)
@@ -277,7 +276,7 @@ def _swap(path: Path, program: Program, is_ours: Callable[[Link], bool]) -> bool
     return False
 
 
-def _pin(link: Link, path: Path) -> None:
+def pin_link(link: Link, path: Path) -> None:
     """Pin a new link at ``path``; what was pinned there goes after it, so no packet passes without."""
     with link:
         fresh = path.with_name(f"{path.name}+new")
