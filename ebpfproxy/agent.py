@@ -73,6 +73,8 @@ class Options(msgspec.Struct, frozen=True):
     loader: str = ""  # auto | libbpf | bcc
     cgroup: Path | None = None
     devices: tuple[str, ...] = ()
+    xdp_mode: str = ""  # auto | native | generic | off
+    xdp_devices: tuple[str, ...] = ()
     state_dir: Path = STATE_DIR
     bpffs: Path | None = None
     map_sizes: dict[str, int] = {}
@@ -97,6 +99,8 @@ class Options(msgspec.Struct, frozen=True):
             hostname_override=self.node_name or file.hostname_override,
             kubeconfig=self.kubeconfig or file.kubeconfig,
             devices=self.devices or file.devices,
+            xdp_mode=self.xdp_mode or file.xdp_mode,
+            xdp_devices=self.xdp_devices or file.xdp_devices,
             map_sizes=file.map_sizes | self.map_sizes,
             listen_addresses=config.parse_listen("--listen", self.listen) or file.listen_addresses,
             log_format=self.log_format or file.log_format,
@@ -114,6 +118,9 @@ _FIXED = {
     "mode": "mode",
     "loader": "ebpfproxy.loader",
     "device_attachment": "ebpfproxy.deviceAttachment",
+    "xdp_mode": "ebpfproxy.xdpMode",
+    "xdp_devices": "ebpfproxy.xdpDevices",
+    "snat_ports": "ebpfproxy.snatPorts",
     "hostname_override": "hostnameOverride",
     "kubeconfig": "clientConnection.kubeconfig",
     "local_devices": "detectLocal",

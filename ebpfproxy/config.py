@@ -134,6 +134,9 @@ class _Extras(_Schema, frozen=True):
 
     loader: str = ""
     device_attachment: str = ""
+    xdp_mode: str = ""
+    xdp_devices: list[str] = []
+    snat_ports: str = ""
     devices: list[str] = []
     map_sizes: dict[str, int] = {}
     service_cluster_ip_range: str = msgspec.field(default="", name="serviceClusterIPRange")
@@ -183,6 +186,9 @@ class Config(msgspec.Struct, frozen=True):
     mode: str = "auto"  # auto, or one of MODES
     loader: str = "auto"  # auto | libbpf | bcc
     device_attachment: str = "auto"  # auto | tcx | clsact
+    xdp_mode: str = "auto"  # auto | native | generic | off
+    xdp_devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
+    snat_ports: tuple[int, int] | None = None  # both inclusive; None = the dataplane's default
     hostname_override: str = ""
     kubeconfig: Path | None = None
     devices: tuple[str, ...] = ()  # names or patterns; () = the dataplane's default
@@ -374,6 +380,8 @@ def _config(file: _File) -> Config:
         raise ConfigError(
             f"ebpfproxy.deviceAttachment: {extras.device_attachment!r} is none of auto, tcx, clsact"
         )
+    if extras.xdp_mode not in ("", "auto", "native", "generic", "off"):
+        raise ConfigError(f"ebpfproxy.xdpMode: {extras.xdp_mode!r} is none of auto, native, generic, off")
     if extras.loader not in ("", "auto", "libbpf", "bcc"):
         raise ConfigError(f"ebpfproxy.loader: {extras.loader!r} is none of auto, libbpf, bcc")
     if extras.iptables_variant not in ("", "auto", "nft", "legacy"):
@@ -393,6 +401,9 @@ def _config(file: _File) -> Config:
         mode=_mode(file.mode),
         loader=extras.loader or defaults.loader,
         device_attachment=extras.device_attachment or defaults.device_attachment,
+        xdp_mode=extras.xdp_mode or defaults.xdp_mode,
+        xdp_devices=tuple(extras.xdp_devices),
+        snat_ports=_port_range("snatPorts", extras.snat_ports) if extras.snat_ports else None,
         hostname_override=file.hostname_override.strip().lower(),
         kubeconfig=Path(file.client_connection.kubeconfig) if file.client_connection.kubeconfig else None,
         devices=tuple(extras.devices),
@@ -422,7 +433,7 @@ def _config(file: _File) -> Config:
             or defaults.service_cluster_ip_ranges
         ),
         service_node_port_range=(
-            _port_range(extras.service_node_port_range)
+            _port_range("serviceNodePortRange", extras.service_node_port_range)
             if extras.service_node_port_range
             else defaults.service_node_port_range
         ),
@@ -637,11 +648,11 @@ def _node_port_addresses(values: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(result))
 
 
-def _port_range(text: str) -> tuple[int, int]:
+def _port_range(field: str, text: str) -> tuple[int, int]:
     """Return the ends of "30000-32767" (as kube-apiserver's --service-node-port-range), both inclusive."""
     match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
     if not match or not 0 < int(match[1]) <= int(match[2]) <= 65535:
-        raise ConfigError(f"ebpfproxy.serviceNodePortRange: {text!r} is not a range such as 30000-32767")
+        raise ConfigError(f"ebpfproxy.{field}: {text!r} is not a range such as 30000-32767")
     return int(match[1]), int(match[2])
 
 

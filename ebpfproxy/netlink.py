@@ -10,6 +10,7 @@ import fnmatch
 import ipaddress
 import os
 import socket
+import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,11 @@ PRIMARY = "primary"  # the special value of nodePortAddresses
 # (rtnetlink.h).
 _RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
 _RTMGRP_ROUTES = 0x40 | 0x400  # of both families
+_RTMGRP_NEIGH, _RTMGRP_IPV4_ROUTE, _RTMGRP_IPV6_ROUTE = 0x4, 0x40, 0x400
+_RTM_NEWNEIGH, _RTM_DELNEIGH = 28, 29
+# linux/neighbour.h: attributes, and the states incomplete and failed.
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_NOT_VALID = 0x01 | 0x20
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
 _IFA_F_SECONDARY = 0x1  # of IPv6: temporary (RFC 8981)
 _RT_SCOPE_UNIVERSE = 0
@@ -101,6 +107,77 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         self._socket.close()
+
+
+class RouteChanges:
+    """Tells that the way to some destination changed: routes, addresses, devices, and neighbours' MAC addresses."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
+        groups = _RTMGRP_LINK | _RTMGRP_NEIGH | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+        self._socket.bind((0, groups | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE))
+        self._neighbours: dict[tuple[int, bytes], bytes] = {}  # device, address -> MAC address
+
+    def fileno(self) -> int:
+        """Return what to wait for with select or poll."""
+        return self._socket.fileno()
+
+    def happened(self) -> bool:
+        """Return whether anything changed since the last call; does not block."""
+        is_changed = False
+        while True:
+            try:
+                data = self._socket.recv(65536)
+            except BlockingIOError:
+                return is_changed
+            except OSError:  # ENOBUFS: more changes than the socket could hold
+                self._neighbours.clear()
+                return True
+            for kind, body in _messages(data):
+                if kind in (_RTM_NEWNEIGH, _RTM_DELNEIGH):
+                    is_changed |= self._has_moved(kind, body)
+                else:
+                    is_changed = True
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._socket.close()
+
+    def _has_moved(self, kind: int, body: bytes) -> bool:
+        """Return whether a neighbour has another MAC address, or none any more; its states change all the time.
+
+        Source: struct ndmsg, linux/neighbour.h.
+        """
+        _, device, state, _, _ = struct.unpack_from("=B3xiHBB", body)
+        found = dict(_attributes(body[12:]))
+        key = device, found.get(_NDA_DST, b"")
+        before = self._neighbours.get(key)
+        if kind == _RTM_DELNEIGH or state & _NUD_NOT_VALID:
+            return self._neighbours.pop(key, None) is not None
+        now = found.get(_NDA_LLADDR, b"")
+        self._neighbours[key] = now
+        return now != before
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield type and body of each message (struct nlmsghdr, linux/netlink.h)."""
+    while len(data) >= 16:
+        size, kind = struct.unpack_from("=IH", data)
+        if size < 16:
+            return
+        yield kind, data[16:size]
+        data = data[(size + 3) & ~3 :]
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield type and value of each attribute (struct nlattr)."""
+    while len(data) >= 4:
+        size, kind = struct.unpack_from("=HH", data)
+        if size < 4:
+            return
+        yield kind, data[4:size]
+        data = data[(size + 3) & ~3 :]
 
 
 @contextmanager

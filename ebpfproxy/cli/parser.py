@@ -271,6 +271,20 @@ def _verbs(commands: _Commands) -> None:
         help="network devices, or patterns, whose packets are load-balanced (default: all that can be)",
     )
     run.add_argument(
+        "--xdp-mode",
+        default="",
+        choices=("auto", "native", "generic", "off"),
+        metavar="MODE",
+        help="mode bpf: XDP on the uplinks: auto (native where the driver can, else none), native, generic, off; "
+        "what XDP does not do tc does",
+    )
+    run.add_argument(
+        "--xdp-devices",
+        type=names,
+        metavar="A,B",
+        help="devices, or patterns, that get XDP (default: hardware, and where the default routes lead)",
+    )
+    run.add_argument(
         "--listen",
         type=names,
         metavar="IP,IP",

@@ -28,6 +28,8 @@ def options(arguments: argparse.Namespace) -> agent.Options:
         loader=arguments.loader or "",
         cgroup=arguments.cgroup,
         devices=arguments.devices or (),
+        xdp_mode=arguments.xdp_mode,
+        xdp_devices=arguments.xdp_devices or (),
         state_dir=arguments.state_dir,
         bpffs=arguments.bpffs,
         map_sizes=dict(arguments.map_size),

@@ -19,7 +19,7 @@ PLAIN = service("web", [HERE, THERE], [cluster_ip("10.96.0.1")])
         (PLAIN, None),
         (service("web", [HERE], [node_port(30080)]), None),
         (service("web", [HERE, THERE], [node_port(30080)], external_policy=Policy.LOCAL), None),
-        (service("web", [THERE], [node_port(30080)]), "outside to a backend on another node"),
+        (service("web", [THERE], [node_port(30080)]), None),
         (service("web", [HERE], [cluster_ip("10.96.0.1")], protocol=Protocol.SCTP), "SCTP"),
         (service("web", [], [cluster_ip("10.96.0.1")]), None),
         (

@@ -15,7 +15,7 @@ from ebpfproxy.libbpf import TCX_EGRESS, TCX_INGRESS, Link, Program
 from ebpfproxy.libbpf.probes import has_tcx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
 log = logging.getLogger(__name__)
@@ -139,13 +139,16 @@ class Attachments:
                 missing.append(f"not available here: {purpose} (since Linux {since}): {error}")
         return missing
 
-    def attach_devices(self) -> list[str]:
+    def attach_devices(self, present: Iterable[netlink.Device]) -> list[str]:
         """Attach to every device that is wanted and is not attached yet; forget those that are gone.
+
+        Args:
+            present: the devices that there are.
 
         Returns:
             One sentence for each device that failed, and only once for each.
         """
-        found = netlink.select_devices(netlink.devices(), self._patterns)
+        found = netlink.select_devices(present, self._patterns)
         wanted = {device.name: device.number for device in found}
         self._detach_others(wanted)
         problems = []

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 from ebpfproxy import netlink, sockdiag
 from ebpfproxy.dataplane.bpf import plan
 from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
+from ebpfproxy.dataplane.bpf.epochs import HopWatch
 from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL, usable
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import Tables
+from ebpfproxy.dataplane.bpf.xdp import PROGRAM, XdpAttachments
 from ebpfproxy.errors import DataplaneError, KernelError, LoadError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import lib
 from ebpfproxy.libbpf.probes import has_helper
 from ebpfproxy.loader import Loaded, LoadOptions, choose
-from ebpfproxy.model.services import DesiredState, FrontendKind, Protocol, Service
+from ebpfproxy.model.services import DesiredState, Protocol, Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +51,8 @@ class BpfOptions:
     snat_ports: tuple[int, int] = SNAT_PORTS  # both inclusive
     timeouts: Timeouts = field(default_factory=Timeouts)
     use_tcx: bool | None = None  # None: tcx links where the kernel has them, else clsact filters
+    xdp_mode: str = "auto"  # one of xdp.MODES
+    xdp_devices: Sequence[str] = ()  # names or shell globs; none = hardware, and where default routes lead
 
 
 class BpfDataplane:
@@ -60,6 +64,8 @@ class BpfDataplane:
         self._root = options.bpffs / "ebpfproxy"
         self._loaded: Loaded | None = None
         self._attachments: Attachments | None = None
+        self._xdp: XdpAttachments | None = None
+        self._hops: HopWatch | None = None
         self._collector: Collector | None = None
         self._watch: netlink.Watch | None = None
         self._tables: Tables | None = None  # None: what the kernel holds has to be read
@@ -116,17 +122,29 @@ class BpfDataplane:
             self._root / "links", self._loaded.programs, options.cgroup, options.devices, options.use_tcx
         )
         self.problems += self._attachments.attach_cgroup()
-        self.problems += self._attachments.attach_devices()
+        self._xdp = XdpAttachments(
+            self._root / "links",
+            self._loaded.programs.get(PROGRAM),
+            self._loaded.maps["xdp_devices"],
+            options.xdp_mode,
+            options.xdp_devices,
+        )
+        self.problems += self._attach_devices()
+        self._hops = HopWatch(self._loaded.maps["epochs"])
+        self._hops.start()
         self._loaded.finish()
         self._rechecked_s = time.monotonic()
 
     def close(self) -> None:
         """Release handles. Programmed state stays in the kernel."""
+        if self._hops is not None:
+            self._hops.close()
         if self._watch is not None:
             self._watch.close()
         if self._loaded is not None:
             self._loaded.close()
         self._watch = self._loaded = self._collector = self._attachments = self._tables = None
+        self._xdp = self._hops = None
 
     @property
     def loader(self) -> str:
@@ -135,8 +153,10 @@ class BpfDataplane:
 
     @property
     def devices(self) -> list[str]:
-        """The devices that the programs are attached to."""
-        return self._attachments.devices if self._attachments else []
+        """The devices that the programs are attached to, with how XDP is attached where it is."""
+        by_xdp = self._xdp.devices if self._xdp else {}
+        names = self._attachments.devices if self._attachments else []
+        return [f"{name} (XDP {by_xdp[name]})" if name in by_xdp else name for name in names]
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -170,9 +190,9 @@ class BpfDataplane:
             is_recheck = now_s - self._rechecked_s >= RECHECK_S
             if self._watch.changed() or is_recheck:
                 if is_recheck:
-                    self._attachments.forget()
+                    self._forget_devices()
                     self._rechecked_s = now_s
-                for problem in self._attachments.attach_devices():
+                for problem in self._attach_devices():
                     log.warning(problem)
 
     def unsupported(self, state: DesiredState) -> list[str]:
@@ -180,6 +200,20 @@ class BpfDataplane:
         return unsupported(state)
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _attach_devices(self) -> list[str]:
+        """Attach to every device that is wanted; return one sentence for each that failed."""
+        assert self._attachments is not None
+        assert self._xdp is not None
+        found = netlink.devices()
+        return [*self._attachments.attach_devices(found), *self._xdp.attach(found)]
+
+    def _forget_devices(self) -> None:
+        """Check every device anew."""
+        assert self._attachments is not None
+        assert self._xdp is not None
+        self._attachments.forget()
+        self._xdp.forget()
 
     def _running(self) -> Loaded:
         if self._loaded is None:
@@ -259,8 +293,6 @@ def _full_error(failures: Sequence[tuple[Service | None, MapFullError]]) -> MapF
 def unsupported(state: DesiredState) -> list[str]:
     """Return one sentence for each thing in ``state`` that the BPF dataplane does not do. Pure."""
     sentences = []
-    outside = (FrontendKind.NODE_PORT, FrontendKind.LOAD_BALANCER, FrontendKind.EXTERNAL_IP)
-
     def names(services: list[Service]) -> str:
         shown = ", ".join(str(service.name) for service in services[:3])
         return shown + (f" and {len(services) - 3} more" if len(services) > 3 else "")
@@ -275,18 +307,5 @@ def unsupported(state: DesiredState) -> list[str]:
         sentences.append(
             "loadBalancerSourceRanges: sockets on this node that are not bound to an address in them are "
             f"left to the real load balancer: {names(ranges)}"
-        )
-    remote = [
-        s
-        for s in state.services
-        if any(
-            f.kind in outside and not all(b.is_local for b in s.pool(f.kind, is_external=True).backends)
-            for f in s.frontends
-        )
-    ]
-    if remote:
-        sentences.append(
-            "traffic from outside to a backend on another node keeps its source address, so the replies must "
-            f"come back through this node: {names(remote)}"
         )
     return sentences

@@ -67,7 +67,7 @@ def cleanup(site: Site) -> list[str]:
 
 
 def _options(settings: Config, cgroup: Path, bpffs: Path) -> BpfOptions:
-    from ebpfproxy.dataplane.bpf.dataplane import BpfOptions
+    from ebpfproxy.dataplane.bpf.dataplane import SNAT_PORTS, BpfOptions
     from ebpfproxy.dataplane.bpf.gc import Timeouts
 
     names = ("udp_idle_s", "udp_s", "udp_stream_s", "tcp_established_s", "tcp_close_wait_s")
@@ -80,6 +80,9 @@ def _options(settings: Config, cgroup: Path, bpffs: Path) -> BpfOptions:
         sizes=settings.map_sizes,
         node_ports=settings.service_node_port_range,
         timeouts=Timeouts(**timeouts),
+        snat_ports=settings.snat_ports or SNAT_PORTS,
+        xdp_mode=settings.xdp_mode,
+        xdp_devices=settings.xdp_devices,
         use_tcx={"tcx": True, "clsact": False}.get(settings.device_attachment),
     )
 

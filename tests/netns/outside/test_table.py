@@ -23,15 +23,11 @@ AT_ONCE_S = 0.9
 #: Long enough for an answer that nobody should send.
 LOST_S = 0.3
 
-snat = pytest.mark.xfail(reason="source translation is not there yet", strict=True)
-
-
 def rows() -> list[object]:
     return [
         pytest.param(
             *(case, row, family, transport),
             id=f"{case.name}-{row.source}-{row.target}-v{'46'[family]}-{transport}",
-            marks=[snat] if row.needs_snat else [],
         )
         for case in table.read()
         for row in case.rows
