@@ -10,7 +10,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from ebpfproxy.dataplane.bpf.layouts import FLOW, FLOW_KEY, VIP, Flow, FlowKey, Vip, pack_address, pack_port
-from ebpfproxy.libbpf import Program, lib
+from ebpfproxy.libbpf import Program, ffi, lib
 from ebpfproxy.loader import LoadOptions, choose
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def ns_per_packet(maps_dir: Path, repeat: int) -> dict[str, float]:
         repeat: runs in a round.
     """
     loaded = choose("libbpf").load(LoadOptions(maps_dir, objects=("tc_lb",)))
-    empty = Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS))
+    empty = Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS, 0, 0))
     entered: list[tuple[Map, bytes]] = []
 
     def enter(name: str, key: bytes, value: bytes) -> None:
@@ -56,12 +56,37 @@ def ns_per_packet(maps_dir: Path, repeat: int) -> dict[str, float]:
     for family, (client, vip, backend) in ADDRESSES.items():
         ends = [(vip, VIP_PORT), (backend, BACKEND_PORT)]
         for (here, here_port), (there, there_port) in (ends, ends[::-1]):
-            flow = Flow(pack_address(there), pack_port(there_port), lib.FLOW_REPLIED, 0, 0, 0)
             enter("vips", pack_address(here), VIP.write(Vip(lib.VIP_CLUSTER_IP)))
-            for direction, source, target in [
-                (lib.FLOW_FORWARD, (client, CLIENT_PORT), (here, here_port)),
-                (lib.FLOW_REPLY, (here, here_port), (client, CLIENT_PORT)),
+            for direction, source, target, new_source, new_target in [
+                (
+                    lib.FLOW_FORWARD,
+                    (client, CLIENT_PORT),
+                    (here, here_port),
+                    (client, CLIENT_PORT),
+                    (there, there_port),
+                ),
+                (
+                    lib.FLOW_REPLY,
+                    (here, here_port),
+                    (client, CLIENT_PORT),
+                    (there, there_port),
+                    (client, CLIENT_PORT),
+                ),
             ]:
+                flow = Flow(
+                    src=pack_address(new_source[0]),
+                    dst=pack_address(new_target[0]),
+                    sport=pack_port(new_source[1]),
+                    dport=pack_port(new_target[1]),
+                    state=lib.FLOW_REPLIED,
+                    flags=0,
+                    service=0,
+                    backend=0,
+                    last_seen_ns=0,
+                    octets=0,
+                    packets=0,
+                    hop=bytes(ffi.sizeof("struct next_hop")),
+                )
                 key = FlowKey(
                     *(pack_address(source[0]), pack_address(target[0])),
                     *(pack_port(source[1]), pack_port(target[1])),

@@ -123,7 +123,8 @@ static __always_inline enum verdict restore(struct __sk_buff *skb, struct scratc
 /* Ends a program. Pass means "next": filters of others behind ours see the packet too. What SCTP needs comes when
  * nothing else is left to be known: for the verifier every path is the same here.
  */
-static __always_inline int tc_exit(struct __sk_buff *skb, struct scratch *room, enum verdict verdict)
+static __always_inline int tc_exit(struct __sk_buff *skb, struct scratch *room,
+				   enum verdict verdict)
 {
 	count(verdict, skb->len);
 	if (room->action == TC_ACT_UNSPEC && is_refusal(verdict))

@@ -196,6 +196,13 @@ def local_sources(settings: Config, node: Node | None, network: Network) -> froz
     return frozenset(settings.cluster_cidrs)
 
 
+def own_sources(settings: Config, node: Node | None, local: frozenset[str]) -> frozenset[str]:
+    """Return the prefixes of pods that are surely on this node; a clusterCIDR holds those of others, too."""
+    if settings.cluster_cidrs and not settings.local_devices and settings.detect_local_mode != "NodeCIDR":
+        return frozenset(each for each in map(canonical_cidr, node.pod_cidrs if node else ()) if each)
+    return local
+
+
 def detects_local(settings: Config) -> bool:
     """Return whether traffic from outside the cluster is told apart because the configuration asks for it.
 
@@ -413,7 +420,8 @@ class Agent:
         return DesiredState(
             resolution.services,
             self._node_port_addresses(node),
-            self._local_sources(node),
+            local := self._local_sources(node),
+            own_sources(self.settings, node, local),
             masquerades_all=self.settings.masquerade_all,
             masquerades_outside=detects_local(self.settings),
         )

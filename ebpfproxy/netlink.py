@@ -110,7 +110,7 @@ class Watch:
 
 
 class RouteChanges:
-    """Tells that the way to some destination changed: routes, addresses, devices, and neighbours' MAC addresses."""
+    """Tells that a way changed: routes, addresses, devices, and neighbours' MAC addresses."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -145,7 +145,7 @@ class RouteChanges:
         self._socket.close()
 
     def _has_moved(self, kind: int, body: bytes) -> bool:
-        """Return whether a neighbour has another MAC address, or none any more; its states change all the time.
+        """Return whether a neighbour has another MAC address, or none any more. Its states change often.
 
         Source: struct ndmsg, linux/neighbour.h.
         """
@@ -336,7 +336,7 @@ def node_port_addresses(
 
 
 def _sources(found: Iterable[Address], primary: AbstractSet[str]) -> Iterator[NodeSource]:
-    """Yield the first global address of each device, and for all other devices the node's own or first one."""
+    """Yield the first global address of each device, and for the others the node's own or first one."""
     first: dict[tuple[int, int], str] = {}
     default: dict[int, tuple[bool, str]] = {}
     for each in found:

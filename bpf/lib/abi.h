@@ -97,7 +97,7 @@ enum service_flag {
 	SERVICE_DROP_EMPTY = 1,		/* slot_count 0: drop instead of reject (policy Local, none local) */
 	SERVICE_LOCAL = 2,		/* traffic policy Local made this set */
 	SERVICE_SOURCE_RANGES = 4,	/* only sources in map source_ranges may enter here */
-	SERVICE_SNAT = 8,		/* to a backend on another node: the source becomes this node's */
+	SERVICE_SNAT = 8,		/* to a backend on another node: a source that may be elsewhere becomes this node's */
 	SERVICE_SNAT_ALL = 16,		/* to every backend */
 };
 
@@ -148,9 +148,9 @@ struct backend_stats {
 	__u64 connections;		/* new connections ever sent here */
 	__s64 open;			/* open now; what lc, wlc, sed and nq compare */
 	__u64 packets;			/* to the backend */
-	__u64 bytes;
+	__u64 octets;
 	__u64 reply_packets;		/* from the backend */
-	__u64 reply_bytes;
+	__u64 reply_octets;
 };
 
 /* Value of array service_stats, index = service id. Written by the programs. */
@@ -159,9 +159,9 @@ struct service_stats {
 	__u64 refused;			/* new connections rejected or dropped */
 	__u64 next;			/* round-robin position */
 	__u64 packets;			/* as in struct backend_stats, of all backends there ever were */
-	__u64 bytes;
+	__u64 octets;
 	__u64 reply_packets;
-	__u64 reply_bytes;
+	__u64 reply_octets;
 };
 
 /* Value of hash service_names, key = service id (__u32): ids survive restarts by it. */
@@ -280,7 +280,7 @@ struct flow {
 	__u32 service;
 	__u32 backend;
 	__u64 last_seen_ns;		/* CLOCK_MONOTONIC; written at most once a second */
-	__u64 bytes;			/* of this direction, not yet added to the stats */
+	__u64 octets;			/* of this direction, not yet added to the stats */
 	__u32 packets;			/* same */
 	struct next_hop hop;		/* of this direction, FLOW_SNAT only */
 };
@@ -349,7 +349,12 @@ struct source_range_key {
 	struct addr source;
 };
 
-/* Key of LPM trie local_sources: prefixes that count as this node's pods (scope internal). Value: __u32 1. */
+enum source_kind {
+	SOURCE_LOCAL = 1,		/* counts as this node's pods: scope internal */
+	SOURCE_OWN = 2,			/* is a pod of this node for sure: answers to it come here */
+};
+
+/* Key of LPM trie local_sources. Value: __u32, bits of enum source_kind. */
 struct local_source_key {
 	__u32 prefixlen;		/* bits of the prefix in struct addr */
 	struct addr source;
@@ -364,7 +369,7 @@ struct reject {
 /* Value of per-CPU array verdicts, index = enum verdict. */
 struct verdict_count {
 	__u64 packets;			/* or calls */
-	__u64 bytes;			/* of whole frames; 0 for calls */
+	__u64 octets;			/* of whole frames; 0 for calls */
 };
 
 /* Why the dataplane did what it did. */

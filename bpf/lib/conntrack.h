@@ -95,22 +95,22 @@ static __always_inline void add_counts(const struct packet *packet, struct flow 
 {
 	struct backend_stats *of_backend = map_lookup(backend_stats, &flow->backend);
 	struct service_stats *of_service = map_lookup(service_stats, &flow->service);
-	__u64 packets = flow->packets, bytes = flow->bytes;
+	__u64 packets = flow->packets, bytes = flow->octets;
 
 	flow->packets = 0;
-	flow->bytes = 0;
+	flow->octets = 0;
 	if (!of_backend || !of_service)
 		return;
 	if (packet->flow.dir == FLOW_FORWARD) {
 		atomic_add(&of_backend->packets, packets);
-		atomic_add(&of_backend->bytes, bytes);
+		atomic_add(&of_backend->octets, bytes);
 		atomic_add(&of_service->packets, packets);
-		atomic_add(&of_service->bytes, bytes);
+		atomic_add(&of_service->octets, bytes);
 	} else {
 		atomic_add(&of_backend->reply_packets, packets);
-		atomic_add(&of_backend->reply_bytes, bytes);
+		atomic_add(&of_backend->reply_octets, bytes);
 		atomic_add(&of_service->reply_packets, packets);
-		atomic_add(&of_service->reply_bytes, bytes);
+		atomic_add(&of_service->reply_octets, bytes);
 	}
 }
 
@@ -118,7 +118,7 @@ static __always_inline void add_counts(const struct packet *packet, struct flow 
 static __always_inline void count_packet(const struct packet *packet, struct flow *flow)
 {
 	flow->packets += packet->count;
-	flow->bytes += ip_size(packet);
+	flow->octets += ip_size(packet);
 }
 
 /* Notes a packet of a known flow, in both entries. Whoever sends it on counts it. Two CPUs that see the two last FINs of a flow at the same

@@ -34,9 +34,8 @@ static __always_inline __u32 crc32c_multiply(__u32 a, __u32 b)
 
 /* x^(8 * 2^i) mod P; a test computes them again. */
 static const __u32 crc32c_powers[CRC32C_SIZE_BITS] = {
-	0x00800000, 0x00008000, 0x82f63b78, 0x6ea2d55c,
-	0x18b8ea18, 0x510ac59a, 0xb82be955, 0xb8fdb1e7,
-	0x88e56f72, 0x74c360a4, 0xe4172b16, 0x0d65762a,
+	0x00800000, 0x00008000, 0x82f63b78, 0x6ea2d55c, 0x18b8ea18, 0x510ac59a,
+	0xb82be955, 0xb8fdb1e7, 0x88e56f72, 0x74c360a4, 0xe4172b16, 0x0d65762a,
 	0x35d73a62, 0x28461564, 0xbf455269, 0xe2ea32dc,
 };
 
@@ -50,7 +49,8 @@ static __always_inline __u32 crc32c_delta(__u32 delta, __u32 size)
 		__u32 is_set = 0 - (size >> i & 1);
 
 		barrier_var(is_set);
-		delta = crc32c_multiply((crc32c_powers[i] & is_set) | (0x80000000 & ~is_set), delta);
+		delta = crc32c_multiply((crc32c_powers[i] & is_set) | (0x80000000 & ~is_set),
+					delta);
 	}
 	return delta;
 }

@@ -115,7 +115,8 @@ static __always_inline __u16 sum_finish(__u64 sum)
 	return ~sum;
 }
 
-static __always_inline __u16 l4_sum(__u16 check, const struct packet *packet, const struct flow *flow)
+static __always_inline __u16 l4_sum(__u16 check, const struct packet *packet,
+				    const struct flow *flow)
 {
 	__u64 sum = (__u16)~check;
 

@@ -19,7 +19,9 @@ static __always_inline long add_ethernet(struct __sk_buff *skb, struct packet *p
 
 	packet->l3 += sizeof(struct ethhdr);
 	packet->l4 += sizeof(struct ethhdr);
-	return err ?: bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type, sizeof(type), 0);
+	return err
+		       ?: bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &type,
+					      sizeof(type), 0);
 }
 
 /* The action that sends the packet on. TC_ACT_SHOT: the kernel refused. */

@@ -67,12 +67,13 @@ static __always_inline bool in_source_ranges(__u32 service, const struct addr *s
 	return !!map_lookup(source_ranges, &key);
 }
 
-/* Which traffic policy a packet from `source` gets. */
-static __always_inline enum scope source_scope(const struct addr *source)
+/* What the source of a packet is to us: bits of enum source_kind. Local ones have the internal scope. */
+static __always_inline __u32 source_kinds(const struct addr *source)
 {
 	struct local_source_key key = {.prefixlen = LOCAL_SOURCE_BITS, .source = *source};
+	__u32 *kinds = map_lookup(local_sources, &key);
 
-	return map_lookup(local_sources, &key) ? SCOPE_INTERNAL : SCOPE_EXTERNAL;
+	return kinds ? *kinds : 0;
 }
 
 static __always_inline void count_refused(__u32 service)

@@ -28,14 +28,14 @@ static __always_inline bool is_snat_port(const struct packet *packet)
 
 /* Whether the source has to become ours. The agent says what a frontend asks for, by its traffic policy and kind. */
 static __always_inline bool needs_snat(const struct service *service, const struct backend *backend,
-				       const struct addr *client)
+				       const struct addr *client, bool is_own)
 {
 	if (!config.snat_port_max)
 		return false;
 	/* Hairpin: a backend would answer itself past us. */
 	if (service->flags & SERVICE_SNAT_ALL || addr_equal(client, &backend->address))
 		return true;
-	return service->flags & SERVICE_SNAT && !(backend->flags & BACKEND_LOCAL);
+	return service->flags & SERVICE_SNAT && !is_own && !(backend->flags & BACKEND_LOCAL);
 }
 
 /* Inserts the reply entry of `flow` under a free port, and notes the port in `flow`. */

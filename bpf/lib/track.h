@@ -20,8 +20,8 @@ static __always_inline bool may_begin(const struct packet *packet, const struct 
 }
 
 /* What XDP can't answer goes to tc, and is counted there. */
-static __always_inline enum verdict refuse(struct origin *origin,
-					   const struct service *service, enum verdict verdict)
+static __always_inline enum verdict refuse(struct origin *origin, const struct service *service,
+					   enum verdict verdict)
 {
 	if (!origin->is_xdp || !is_rejection(verdict))
 		count_refused(service->id);
@@ -38,7 +38,8 @@ static __always_inline bool xdp_can_send(struct origin *origin, const struct pac
 
 /* Fills the forward value of a new flow to `backend`. */
 static __always_inline enum verdict make_flow(struct origin *origin, const struct service *service,
-					      const struct backend *backend, __u32 id, __u64 now)
+					      const struct backend *backend, __u32 id, bool is_own,
+					      __u64 now)
 {
 	const struct packet *packet = &origin->room->packet;
 	struct flow *flow = &origin->room->flow;
@@ -56,7 +57,7 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 	flow->last_seen_ns = now;
 	if (backend->flags & BACKEND_LOCAL)
 		flow->flags = FLOW_LOCAL;
-	if (needs_snat(service, backend, &key->src)) {
+	if (needs_snat(service, backend, &key->src, is_own)) {
 		if (!origin->can_forward)
 			return VERDICT_NOT_OURS;
 		way = backend_way(origin, id, &key->src, &backend->address, now);
@@ -89,9 +90,11 @@ static __always_inline enum verdict begin_flow(struct origin *origin, __u32 kind
 	struct backend *backend;
 	struct service *service;
 	enum verdict verdict;
-	__u32 id;
+	__u32 id, source;
 
-	service = find_service(kinds, &key->dst, key->dport, key->proto, source_scope(&key->src));
+	source = source_kinds(&key->src);
+	service = find_service(kinds, &key->dst, key->dport, key->proto,
+			       source & SOURCE_LOCAL ? SCOPE_INTERNAL : SCOPE_EXTERNAL);
 	if (!service)
 		return unused_port(kinds);
 	if (!may_begin(packet, service))
@@ -104,7 +107,8 @@ static __always_inline enum verdict begin_flow(struct origin *origin, __u32 kind
 		return refuse(origin, service,
 			      service->flags & SERVICE_DROP_EMPTY ? VERDICT_DROP_EMPTY
 								  : VERDICT_REJECT_EMPTY);
-	verdict = make_flow(origin, service, backend, id, now) ?: add_flow(room);
+	verdict =
+		make_flow(origin, service, backend, id, source & SOURCE_OWN, now) ?: add_flow(room);
 	if (verdict == VERDICT_NOT_OURS)
 		return verdict;
 	if (verdict)

@@ -13,7 +13,7 @@ static __always_inline void count(enum verdict verdict, __u32 bytes)
 
 	if (counter) {
 		counter->packets += 1;
-		counter->bytes += bytes;
+		counter->octets += bytes;
 	}
 }
 

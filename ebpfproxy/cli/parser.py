@@ -275,8 +275,8 @@ def _verbs(commands: _Commands) -> None:
         default="",
         choices=("auto", "native", "generic", "off"),
         metavar="MODE",
-        help="mode bpf: XDP on the uplinks: auto (native where the driver can, else none), native, generic, off; "
-        "what XDP does not do tc does",
+        help="mode bpf: XDP on the uplinks: auto (native where the driver can, else none), native, generic, "
+        "off; what XDP does not do tc does",
     )
     run.add_argument(
         "--xdp-devices",

@@ -150,14 +150,10 @@ FEATURES = (
     Feature(
         "snat",
         "outside traffic to a backend on another node gets this node's address",
-        {"bpf": "it keeps its source address: replies must come back through this node"},
     ),
     Feature(
         "masquerade-all",
         "masqueradeAll; outside traffic to a cluster IP gets this node's address",
-        {
-            "bpf": "it keeps its source address: replies must come back through this node",
-        },
     ),
     Feature(
         "no-cost",

@@ -180,12 +180,12 @@ static int glue_run(int prog_fd, struct glue_run *run)
 	return err;
 }
 
-/* Load "return 0" of a type: what probes attach. */
-static int glue_load_trivial(__u32 type, __u32 flags)
+/* Load "return result" of a type: what probes attach. */
+static int glue_load_trivial(__u32 type, __u32 flags, __s32 result)
 {
 	LIBBPF_OPTS(bpf_prog_load_opts, opts, .prog_flags = flags);
 	const struct bpf_insn insns[] = {
-		{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0},
+		{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0, .imm = result},
 		{.code = BPF_JMP | BPF_EXIT},
 	};
 

@@ -157,7 +157,7 @@ class Map(Descriptor):
         return True
 
     def get_percpu_sums(self, key: bytes) -> tuple[int, ...]:
-        """Return the sums over all CPUs of a per-CPU value that is made of __u64 only; () without an entry."""
+        """Return the sums over all CPUs of a per-CPU value made of __u64 only; () without an entry."""
         value = self.get(key)
         columns = self.stride // 8
         numbers = memoryview(value).cast("Q").tolist() if value else []

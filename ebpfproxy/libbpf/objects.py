@@ -114,7 +114,9 @@ class Object(Closeable):
             check(lib.bpf_program__set_autoload(each, programs), f"choose the programs of {self.path}")
             flags = lib.bpf_program__flags(each)
             if flags & XDP_HAS_FRAGS and not has_xdp_frags():
-                check(lib.bpf_program__set_flags(each, flags & ~XDP_HAS_FRAGS), f"choose flags of {self.path}")
+                check(
+                    lib.bpf_program__set_flags(each, flags & ~XDP_HAS_FRAGS), f"choose flags of {self.path}"
+                )
         lib.glue_clear_messages()
         result = lib.bpf_object__load(self._object)
         if result == 0:

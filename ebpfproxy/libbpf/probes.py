@@ -69,7 +69,7 @@ def has_batch_operations() -> bool:
 
 def has_xdp_frags() -> bool:
     """Return whether XDP programs can be loaded that take frames of several buffers (Linux 5.18)."""
-    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, XDP_HAS_FRAGS)
+    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, XDP_HAS_FRAGS, 0)
     if program < 0:
         return False
     os.close(program)
@@ -78,7 +78,7 @@ def has_xdp_frags() -> bool:
 
 def has_tcx() -> bool:
     """Return whether tc programs can be attached by links (Linux 6.6)."""
-    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS, 0)
+    program = lib.glue_load_trivial(lib.BPF_PROG_TYPE_SCHED_CLS, 0, 0)
     if program < 0:
         return False
     try:

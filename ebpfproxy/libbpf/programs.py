@@ -178,7 +178,9 @@ class Link(Descriptor):
         what = f"attach program {program.name} to device {ifindex}, XDP {how}"
         result = lib.glue_link_create(program.fd, ifindex, lib.BPF_XDP, flags)
         if result in {-errno.EBUSY, -errno.EEXIST}:
-            raise UnsupportedError(f"{what}: another XDP program is there; see `ip link show`, or --xdp-mode off")
+            raise UnsupportedError(
+                f"{what}: another XDP program is there; see `ip link show`, or --xdp-mode off"
+            )
         if result in {-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ERANGE, -errno.ENOMEM, -errno.ENOSPC}:
             raise UnsupportedError(f"{what}: the driver refuses it: {os.strerror(-result)}")
         return cls(check(result, what))

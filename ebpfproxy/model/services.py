@@ -168,7 +168,8 @@ class DesiredState(msgspec.Struct, frozen=True):
 
     services: tuple[Service, ...]
     addresses: NodePortAddresses = NodePortAddresses()
-    local_sources: frozenset[str] = frozenset()  # CIDRs whose traffic is this node's pods'
+    local_sources: frozenset[str] = frozenset()  # CIDRs whose traffic counts as this node's pods'
+    own_sources: frozenset[str] = frozenset()  # CIDRs of pods that are on this node for sure
     # Whose traffic to a cluster IP gets this node's address as source, besides what needs it anyway:
     masquerades_all: bool = False  # everybody's
     masquerades_outside: bool = False  # that of sources outside local_sources

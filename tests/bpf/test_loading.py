@@ -109,7 +109,9 @@ class TestPrograms:
             other = program.run(foreign)
             assert (other.retval, other.data) == (0, foreign)
 
-            counted = {n: loaded.maps["counts"].get_percpu_sums(number(n, 4))[0] for n in range(lib.VERDICT_MAX)}
+            counted = {
+                n: loaded.maps["counts"].get_percpu_sums(number(n, 4))[0] for n in range(lib.VERDICT_MAX)
+            }
             assert {n: count for n, count in counted.items() if count} == {
                 lib.VERDICT_NEW: 1,  # BPF_NOEXIST took it
                 lib.VERDICT_ESTABLISHED: 1,  # BPF_NOEXIST found it

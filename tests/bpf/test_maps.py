@@ -339,7 +339,9 @@ class TestLinks:
             send = "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))"
             netns.place().run(sys.executable, "-c", send)
             not_ours = number(lib.VERDICT_NOT_OURS, 4)
-            assert counts.get_percpu_sums(not_ours)[0] == 2, "the datagram and the ICMP error come in on loopback"
+            assert counts.get_percpu_sums(not_ours)[0] == 2, (
+                "the datagram and the ICMP error come in on loopback"
+            )
 
 
 class TestProgram:

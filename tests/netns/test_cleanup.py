@@ -49,7 +49,7 @@ def test_all_of_ours_goes_and_all_of_others_stays(net: Topology, attach: str, en
     )
     foreign_directory = net.bpffs / "foreign"
     foreign_directory.mkdir()
-    foreign_program = Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_CGROUP_SKB, 0))
+    foreign_program = Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_CGROUP_SKB, 0, 0))
     lib.bpf_obj_pin(foreign_program.fd, str(foreign_directory / "program").encode())
     below = net.cgroup / "below"  # its packets are dropped by the foreign program, so nothing runs there
     below.mkdir()

@@ -192,7 +192,7 @@ class Node:
         network = ipaddress.ip_network(prefix)
         bits = network.prefixlen + (96 if network.version == 4 else 0)
         key = struct_of("local_source_key", prefixlen=bits, source=str(network.network_address))
-        self.map("local_sources").update(to_bytes(key), number(1))
+        self.map("local_sources").update(to_bytes(key), number(lib.SOURCE_LOCAL | lib.SOURCE_OWN))
 
     def source_range(self, service: Service, prefix: str) -> None:
         """Let sources in ``prefix`` use the load-balancer VIPs of ``service``."""

@@ -32,7 +32,8 @@ class Rig:
 
     def __init__(self) -> None:
         self.maps = {
-            name: FakeMap(name, 64) for name in ("conntrack", "new_flows", "sockets", "affinity", "backend_stats")
+            name: FakeMap(name, 64)
+            for name in ("conntrack", "new_flows", "sockets", "affinity", "backend_stats")
         }
         self.collector = Collector(self.maps, Timeouts(), lambda: NOW_S * 10**9)  # type: ignore[arg-type]
         self.now_s = 0.0
@@ -49,11 +50,26 @@ class Rig:
         for key, value in (
             (
                 FLOW_KEY.pack(CLIENT, VIP, pack_port(port), pack_port(80), proto, lib.FLOW_FORWARD),
-                FLOW.pack(CLIENT, BACKEND, pack_port(port), pack_port(8080), state, 0, 1, backend, stamp, 0, 0, NO_HOP),
+                FLOW.pack(
+                    CLIENT,
+                    BACKEND,
+                    pack_port(port),
+                    pack_port(8080),
+                    state,
+                    0,
+                    1,
+                    backend,
+                    stamp,
+                    0,
+                    0,
+                    NO_HOP,
+                ),
             ),
             (
                 FLOW_KEY.pack(BACKEND, CLIENT, pack_port(8080), pack_port(port), proto, lib.FLOW_REPLY),
-                FLOW.pack(VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 1, backend, stamp, 0, 0, NO_HOP),
+                FLOW.pack(
+                    VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 1, backend, stamp, 0, 0, NO_HOP
+                ),
             ),
         ):
             self.maps["conntrack"].entries[key] = value

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Above the kernel's own ephemeral ports (net.ipv4.ip_local_port_range, 32768 to 60999): no two choose the same.
+#: Above the kernel's ephemeral ports (net.ipv4.ip_local_port_range, 32768 to 60999): no two choose the same.
 SNAT_PORTS = (61000, 65535)
 #: All devices are checked so often even when no change was announced.
 RECHECK_S = 30.0
@@ -293,6 +293,7 @@ def _full_error(failures: Sequence[tuple[Service | None, MapFullError]]) -> MapF
 def unsupported(state: DesiredState) -> list[str]:
     """Return one sentence for each thing in ``state`` that the BPF dataplane does not do. Pure."""
     sentences = []
+
     def names(services: list[Service]) -> str:
         shown = ", ".join(str(service.name) for service in services[:3])
         return shown + (f" and {len(services) - 3} more" if len(services) > 3 else "")

@@ -1,4 +1,4 @@
-"""Voids the programs' next hops when a route, neighbour or address changes: at once, whatever the agent is doing."""
+"""Voids the programs' next hops when a route, neighbour or address changes: at once, in its own thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class HopWatch:
-    """Raises ``epochs.hops`` in a thread of its own, from ``start`` to ``close``.
+    """Raises ``epochs.hops`` at every change, from ``start`` to ``close``.
 
     Args:
         epochs: the map of this name.

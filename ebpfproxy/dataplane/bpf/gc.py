@@ -1,9 +1,9 @@
 """Clears what the programs leave behind: expired entries, references to gone backends, drifted counters.
 
-A pass reads conntrack, new_flows, sockets and affinity once, a bounded time at each tick. What refers to a backend
-that is gone is known only at its end: then the ids that nothing refers to are free. Until then the id stays
-taken, and since ids are reused round robin, as late as possible, a stale entry never means another backend
-by accident (the programs compare address and port as well).
+A pass reads conntrack, new_flows, sockets and affinity once, a bounded time at each tick. What refers to a
+backend that is gone is known only at its end: then the ids that nothing refers to are free. Until then the
+id stays taken, and since ids are reused round robin, as late as possible, a stale entry never means another
+backend by accident (the programs compare address and port as well).
 """
 
 from __future__ import annotations

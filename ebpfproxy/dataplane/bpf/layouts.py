@@ -82,9 +82,9 @@ class BackendStats(NamedTuple):
     connections: int
     open: int
     packets: int
-    bytes: int
+    octets: int
     reply_packets: int
-    reply_bytes: int
+    reply_octets: int
 
 
 class ServiceStats(NamedTuple):
@@ -94,9 +94,9 @@ class ServiceStats(NamedTuple):
     refused: int
     next: int
     packets: int
-    bytes: int
+    octets: int
     reply_packets: int
-    reply_bytes: int
+    reply_octets: int
 
 
 class NameValue(NamedTuple):
@@ -152,7 +152,7 @@ class Flow(NamedTuple):
     service: int
     backend: int
     last_seen_ns: int
-    bytes: int
+    octets: int
     packets: int
     hop: bytes
 
@@ -168,7 +168,7 @@ class VerdictCount(NamedTuple):
     """Value of map verdicts."""
 
     packets: int
-    bytes: int
+    octets: int
 
 
 class AffinityKey(NamedTuple):

@@ -82,7 +82,8 @@ _FLAGS = {
 _PROTO = SERVICE_NAME.offsets["proto"]
 _SCOPES = ((lib.SCOPE_INTERNAL, False), (lib.SCOPE_EXTERNAL, True))
 _RETIRED_VIP = VIP.pack(0)
-_USED = U32.pack(1)  # the value of both LPM tries
+_USED = U32.pack(1)  # the value of map source_ranges
+_LOCAL, _OWN = U32.pack(lib.SOURCE_LOCAL), U32.pack(lib.SOURCE_LOCAL | lib.SOURCE_OWN)
 
 #: The owner of the node's own addresses among the owners of VIPs, who are packed service names.
 _NODE = b""
@@ -133,13 +134,18 @@ def _flags(
     if kind is FrontendKind.CLUSTER_IP:
         if masquerade.all or (masquerade.outside and is_external):
             flags |= lib.SERVICE_SNAT_ALL
-    elif is_external and service.external_policy is Policy.CLUSTER:
+    elif service.policy(kind, is_external=is_external) is Policy.CLUSTER:
         flags |= lib.SERVICE_SNAT
     if service.policy(kind, is_external=is_external) is Policy.LOCAL:
         flags |= lib.SERVICE_LOCAL
     if kind is FrontendKind.LOAD_BALANCER and service.has_source_ranges:
         flags |= lib.SERVICE_SOURCE_RANGES
     return int(flags)
+
+
+def _of_node(state: DesiredState) -> tuple[object, ...]:
+    """Return the part of ``state`` that belongs to the node itself."""
+    return state.addresses, state.local_sources, state.own_sources
 
 
 def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> RenderedService:  # noqa: B008
@@ -182,9 +188,7 @@ def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> R
             policy = service.policy(frontend.kind, is_external=is_external)
             pool = service.pool(frontend.kind, is_external=is_external)
             is_drop = pool.on_empty is Empty.DROP
-            flags = _flags(
-                service, frontend.kind, masquerade, is_external=is_external, is_drop=is_drop
-            )
+            flags = _flags(service, frontend.kind, masquerade, is_external=is_external, is_drop=is_drop)
             key = SERVICE_KEY.pack(address, port, proto, scope)
             frontends.append(FrontendEntry(key, kind, flags, table_of(policy)))
     return RenderedService(
@@ -416,10 +420,7 @@ class Tables:
                 self._admit(service)
             except MapFullError as error:
                 failures.append((service, error))
-        if self._state is None or (state.addresses, state.local_sources) != (
-            self._state.addresses,
-            self._state.local_sources,
-        ):
+        if self._state is None or _of_node(state) != _of_node(self._state):
             try:
                 self._admit_node(state)
                 self._state = state
@@ -604,16 +605,19 @@ class Tables:
             NODE_SOURCE_KEY.pack(source.device, source.family): pack_address(source.address)
             for source in addresses.sources
         }
-        sources = {LOCAL_SOURCE_KEY.pack(*pack_prefix(cidr)) for cidr in state.local_sources}
+        sources = {
+            LOCAL_SOURCE_KEY.pack(*pack_prefix(cidr)): _OWN if cidr in state.own_sources else _LOCAL
+            for cidr in state.local_sources | state.own_sources
+        }
         self._check_room("vips", {address for address, kind in vips if kind != lib.VIP_LOCAL})
         self._check_room("local_sources", sources)
         self._check_room("node_sources", node_sources)
         self._set_vips(_NODE, self._node_vips, vips)
         self._node_vips = vips
-        for key in sources - self.wanted["local_sources"].keys():
-            self.want("local_sources", key, _USED)
-        for key in self.wanted["local_sources"].keys() - sources:
+        for key in self.wanted["local_sources"].keys() - sources.keys():
             self.want("local_sources", key, None)
+        for key, kinds in sources.items():
+            self.want("local_sources", key, kinds)
         for key in self.wanted["node_sources"].keys() - node_sources.keys():
             self.want("node_sources", key, None)
         for key, address in node_sources.items():

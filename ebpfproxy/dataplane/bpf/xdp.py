@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRAM = "xdp_lb"
-#: What may be asked for. auto: native where the driver can, else none: after the kernel made a packet, tc is as fast.
+#: What may be asked for. auto: native where the driver can, else none: generic is no faster than tc.
 MODES = ("auto", "native", "generic", "off")
 
 

@@ -30,7 +30,11 @@ class Mode(NamedTuple):
         return self.name
 
 
-MODES = [Mode("tc", ())]
+MODES = [
+    Mode("native", ("--xdp-mode", "native")),
+    Mode("generic", ("--xdp-mode", "generic")),
+    Mode("tc", ("--xdp-mode", "off")),
+]
 
 
 class World:

@@ -23,6 +23,7 @@ AT_ONCE_S = 0.9
 #: Long enough for an answer that nobody should send.
 LOST_S = 0.3
 
+
 def rows() -> list[object]:
     return [
         pytest.param(
