@@ -127,6 +127,13 @@ def test_backends_see_the_node(world: World) -> None:
     assert any("see the proxy's address" in text for text in world.agent.status()["unsupported"])
 
 
+def test_metrics_have_the_counts_of_the_proxy(world: World) -> None:
+    world.probes["outside"].tcp(NODE_IPS[0], 30080, 3)
+    page = world.net.on_node_bare.run("curl", "-sS", "http://127.0.0.1:10249/metrics").stdout
+    (line,) = [each for each in page.splitlines() if 'ebpfproxy_verdicts_total{verdict="proxied"}' in each]
+    assert float(line.split(" ")[1]) >= 3
+
+
 def test_the_proxy_is_behind_the_rules_only(world: World) -> None:
     """Its ports are not served to those who were not led there."""
     with contextlib.closing(client.Proxy(world.agent.state_dir)) as proxy:

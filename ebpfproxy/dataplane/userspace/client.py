@@ -138,6 +138,18 @@ class Proxy:
         raise DataplaneError(f"start the userspace proxy: no answer at {self._path} in {_START_S:g} s")
 
 
+def counts(state_dir: Path) -> Counts | None:
+    """Return what the proxy that runs did so far, None if none runs; may be called beside a ``Proxy``."""
+    with suppress(OSError, EOFError, msgspec.DecodeError):
+        with protocol.connect(state_dir / protocol.SOCKET, _ANSWER_S) as connection:
+            protocol.receive(connection)
+            connection.sendall(protocol.encode(Ask()))
+            answer = protocol.receive(connection)
+        if isinstance(answer, Counts):
+            return answer
+    return None
+
+
 def stop(state_dir: Path) -> int | None:
     """End the proxy process, if one runs; return its number."""
     path = state_dir / protocol.SOCKET

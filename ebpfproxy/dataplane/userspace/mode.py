@@ -21,10 +21,13 @@ def usable() -> str | None:
 
 
 def make(settings: Config, site: Site, stack: ExitStack) -> Made:
-    """Make the dataplane; the state directory's lock, which the agent holds, is the proxy's too."""
+    """Make the dataplane, and hold the lock of our rules in this network namespace."""
     from ebpfproxy.dataplane.userspace.dataplane import UserspaceDataplane, UserspaceOptions
     from ebpfproxy.dataplane.userspace.protocol import Settings
+    from ebpfproxy.host import NetworkLock
 
+    if not settings.listen_addresses:
+        stack.callback(NetworkLock("userspace").close)
     usual = Settings()
     options = UserspaceOptions(
         state_dir=site.state_dir,
@@ -41,10 +44,21 @@ def make(settings: Config, site: Site, stack: ExitStack) -> Made:
 
 
 def reading(site: Site) -> Reading:
-    """Return what is counted for every mode: the proxy's own counts are in its answer to ``status``."""
+    """Return what the proxy counts, since it began; nothing while none runs."""
+    from ebpfproxy.dataplane.userspace import client
     from ebpfproxy.metrics import Reading
 
-    return Reading()
+    counts = client.counts(site.state_dir)
+    if counts is None:
+        return Reading()
+    return Reading(
+        verdicts={
+            "proxied": counts.connections + counts.flows,
+            "retried": counts.retries,
+            "unanswered": counts.failures,
+            "short-of-descriptors": counts.limits,
+        }
+    )
 
 
 def cleanup(site: Site) -> list[str]:
