@@ -207,6 +207,12 @@ class Config(msgspec.Struct, frozen=True):
     max_sync_s: float = 30.0
     iptables_variant: str = "auto"  # auto | nft | legacy
     localhost_node_ports: bool = True  # of mode iptables
+    ipvs_scheduler: str = ""  # lblc | lblcr | fo | ovf: known to IPVS alone, for Services that name none
+    ipvs_exclude_cidrs: tuple[str, ...] = ()  # canonical: virtual servers there are somebody else's
+    ipvs_strict_arp: bool = False
+    ipvs_tcp_s: float = 0.0  # 0 = as the kernel has it; so are the next two
+    ipvs_tcp_fin_s: float = 0.0
+    ipvs_udp_s: float = 0.0
     tcp_be_liberal: bool = False  # the kernel's connection tracking checks no TCP windows
     udp_idle_s: float = 0.0  # 0 = the dataplane's default; so are the next four
     udp_s: float = 0.0
@@ -242,6 +248,11 @@ _USED = frozenset(
         "iptables.syncPeriod",
         "iptables.minSyncPeriod",
         "ipvs.scheduler",
+        "ipvs.excludeCIDRs",
+        "ipvs.strictARP",
+        "ipvs.tcpTimeout",
+        "ipvs.tcpFinTimeout",
+        "ipvs.udpTimeout",
         "ipvs.syncPeriod",  # these are read when the mode is theirs, as in kube-proxy
         "ipvs.minSyncPeriod",
         "nftables.syncPeriod",
@@ -421,6 +432,14 @@ def _config(file: _File) -> Config:
         min_sync_s=section.min_sync_period,
         max_sync_s=max_sync_s,
         iptables_variant=extras.iptables_variant or defaults.iptables_variant,
+        ipvs_scheduler=file.ipvs.scheduler if file.ipvs.scheduler in _UPSTREAM_SCHEDULERS else "",
+        ipvs_exclude_cidrs=tuple(
+            str(_cidr(f"ipvs.excludeCIDRs[{n}]", text)) for n, text in enumerate(file.ipvs.exclude_cidrs)
+        ),
+        ipvs_strict_arp=file.ipvs.strict_arp,
+        ipvs_tcp_s=_timeout("ipvs.tcpTimeout", file.ipvs.tcp_timeout),
+        ipvs_tcp_fin_s=_timeout("ipvs.tcpFinTimeout", file.ipvs.tcp_fin_timeout),
+        ipvs_udp_s=_timeout("ipvs.udpTimeout", file.ipvs.udp_timeout),
         localhost_node_ports=file.iptables.localhost_node_ports,
         tcp_be_liberal=file.conntrack.tcp_be_liberal,
         udp_idle_s=_timeout("ebpfproxy.udpIdle", extras.udp_idle),

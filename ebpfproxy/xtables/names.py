@@ -31,13 +31,23 @@ LOAD_BALANCER = "KUBE-LOAD-BALANCER"
 SOURCE_RANGES = "KUBE-SOURCE-RANGES-FIREWALL"
 IPVS_FILTER = "KUBE-IPVS-FILTER"
 IPVS_OUT_FILTER = "KUBE-IPVS-OUT-FILTER"
+NO_LOCAL = "KUBE-NO-LOCAL"  # ours, in mode ipvs
 MARK_DROP = "KUBE-MARK-DROP"  # kubelet's before 1.28
 
 #: Chains that kube-proxy makes in its modes iptables and ipvs, and so do we, beside those of Services.
 OF_PROXY = frozenset(
     (
         *(SERVICES, EXTERNAL_SERVICES, NODE_PORTS, MARK_MASQ, POSTROUTING, FORWARD, PROXY_FIREWALL),
-        *(MARK_OUTSIDE, CANARY, NODE_PORT, LOAD_BALANCER, SOURCE_RANGES, IPVS_FILTER, IPVS_OUT_FILTER),
+        *(
+            MARK_OUTSIDE,
+            CANARY,
+            NODE_PORT,
+            LOAD_BALANCER,
+            SOURCE_RANGES,
+            IPVS_FILTER,
+            IPVS_OUT_FILTER,
+            NO_LOCAL,
+        ),
     )
 )
 #: Chains that kubelet makes, which kube-proxy only uses.

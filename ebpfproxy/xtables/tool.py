@@ -87,9 +87,15 @@ class Tool:
         done = _call([self._command(), *wait, "-t", table, "-S", chain])
         return None if done.returncode else done.stdout.splitlines()
 
-    def try_apart(self, text: str) -> str:
-        """Return why the kernel refuses rules, tried in a namespace of their own; "" = it takes them."""
-        done = _call([*APART, self._command("restore"), "--noflush"], text)
+    def try_apart(self, text: str, setup: str = "") -> str:
+        """Return why the kernel refuses rules, tried in a namespace of their own; "" = it takes them.
+
+        Args:
+            text: input of iptables-restore.
+            setup: a shell command that comes first.
+        """
+        restore = f"exec {self._command('restore')} --noflush"
+        done = _call([*APART, "sh", "-ec", f"{setup}\n{restore}"], text)
         return _reason(done) if done.returncode else ""
 
     def _run(self, command: Sequence[str], what: str, text: str = "") -> str:

@@ -8,8 +8,20 @@ from __future__ import annotations
 import pytest
 
 from ebpfproxy.dataplane import capabilities
+from ebpfproxy.errors import UnsupportedError
+from ebpfproxy.netlink.ipvs import Ipvs
 
-MODES = ("bpf", "nftables", "iptables", "userspace")
+
+def has_ipvs() -> bool:
+    """Return whether this kernel has IPVS; ``make test-vm`` runs what needs it under one that does."""
+    try:
+        Ipvs().close()
+    except UnsupportedError:
+        return False
+    return True
+
+
+MODES = ("bpf", "nftables", "iptables", "userspace", *(["ipvs"] if has_ipvs() else []))
 
 
 def expect_limits(request: pytest.FixtureRequest, mode: str, *features: str) -> None:

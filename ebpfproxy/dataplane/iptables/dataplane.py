@@ -58,7 +58,7 @@ class _Family:
         self.tool = tool
         self.renderer = Renderer()
         self.programmer = Programmer(tool, MODE, SHARED)
-        self.lacking = features.missing(tool, features.OPTIONAL)
+        self.lacking = features.lacking(tool)
         self.has_random_fully = tool.has_random_fully()
 
     def lacks(self, name: str) -> bool:

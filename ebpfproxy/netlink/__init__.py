@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from pyroute2.iproute.linux import IPRoute
 
+VIP_DEVICE = "kube-ipvs0"  # kube-proxy's name, and ours in mode ipvs
+_IFA_F_NODAD = 0x2
 PRIMARY = "primary"  # the special value of nodePortAddresses
 
 # Multicast groups of rtnetlink that say that a device, an address or a route came, went or changed
@@ -250,9 +252,13 @@ def _default_route_devices() -> set[int]:
 
 
 def addresses() -> list[Address]:
-    """Return the addresses of this network namespace in the kernel's order, loopback included."""
+    """Return the addresses of this network namespace in the kernel's order, loopback included.
+
+    Those on the device that holds the VIPs of IPVS, kube-proxy's or ours, are left out.
+    """
     with _iproute("list addresses") as route:
-        return [_address(entry) for entry in route.get_addr()]
+        vips = set(route.link_lookup(ifname=VIP_DEVICE))
+        return [_address(entry) for entry in route.get_addr() if entry["index"] not in vips]
 
 
 def _address(entry: Any) -> Address:
@@ -282,6 +288,44 @@ def remove_device(name: str) -> bool:
         for number in numbers:
             route.link("del", index=number)
         return bool(numbers)
+
+
+def add_addresses(name: str, added: Iterable[str]) -> None:
+    """Give addresses to a dummy device, which is made if need be; those that are there are no error."""
+    listed = list(added)
+    with _iproute(f"add addresses to {name}") as route:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        if not route.link_lookup(ifname=name):
+            route.link("add", ifname=name, kind="dummy")
+        (number,) = route.link_lookup(ifname=name)
+        route.link("set", index=number, state="up")
+        for address in listed:
+            try:
+                if ":" in address:
+                    # Nobody else has it, so nobody is asked; and it is the last to be chosen as a source.
+                    route.addr(
+                        *("add", number), address=address, prefixlen=128, flags=_IFA_F_NODAD, preferred=0
+                    )
+                else:
+                    route.addr("add", number, address=address, prefixlen=32)
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise
+
+
+def remove_addresses(name: str, removed: Iterable[str]) -> None:
+    """Take addresses from a device; those that are gone, or the device, are no error."""
+    with _iproute(f"remove addresses from {name}") as route:
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        for number in route.link_lookup(ifname=name):
+            for address in removed:
+                try:
+                    route.addr("del", number, address=address, prefixlen=128 if ":" in address else 32)
+                except NetlinkError as error:
+                    if error.code != errno.EADDRNOTAVAIL:
+                        raise
 
 
 def prefixes_behind(patterns: Sequence[str]) -> frozenset[str]:

@@ -1,0 +1,302 @@
+"""The ipvs dataplane: render -> diff -> netlink, ipset and iptables-restore."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ebpfproxy import netlink, sysctl
+from ebpfproxy.conntrack import UdpCleaner
+from ebpfproxy.dataplane.ipvs import features
+from ebpfproxy.dataplane.ipvs import sets as rules
+from ebpfproxy.dataplane.ipvs.render import PROTOCOLS, Rendered, Renderer, context_of
+from ebpfproxy.dataplane.ipvs.unsupported import unsupported
+from ebpfproxy.diff import diff
+from ebpfproxy.errors import DataplaneError, UnsupportedError
+from ebpfproxy.model.addresses import family
+from ebpfproxy.model.services import Protocol, Scheduler
+from ebpfproxy.netlink.ipvs import Destination, Ipvs, Server, Timeouts
+from ebpfproxy.xtables import sets
+from ebpfproxy.xtables.programmer import Programmer
+from ebpfproxy.xtables.tool import Tool, can_read, choose_variant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ebpfproxy.model.services import DesiredState
+
+log = logging.getLogger(__name__)
+
+MODE = "ipvs"
+DEVICE = netlink.VIP_DEVICE
+#: How often destinations that get no new connections are looked at.
+DRAIN_S = 5.0
+_LISTED = Path("/proc/net/ip_vs")
+# Connections of a destination that is taken away must end: only TCP has an end.
+_DRAINED = PROTOCOLS[Protocol.TCP]
+
+
+@dataclass(frozen=True)
+class IpvsOptions:
+    """How to run the ipvs dataplane."""
+
+    sysctls: Path  # the file that keeps the settings as they were
+    variant: str = "auto"  # of iptables: auto | nft | legacy
+    masquerade_bit: int = 14
+    scheduler: Scheduler = Scheduler.RANDOM  # of Services that name none
+    further_scheduler: str = ""  # for those: one that only IPVS has
+    node_ports: tuple[int, int] = (30000, 32767)  # both inclusive
+    exclude_cidrs: Sequence[str] = ()  # virtual servers in there are somebody else's
+    has_strict_arp: bool = False
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    check_s: float = 30.0  # how often it is looked whether somebody flushed what was made
+    settings: Mapping[str, str] = field(default_factory=dict)  # of the kernel, to be made so
+
+
+def sysctls(*, has_strict_arp: bool, release: str) -> dict[str, str]:
+    """Return the kernel's settings that IPVS needs.
+
+    Source: kube-proxy's ipvs mode. Until Linux 5.9, conn_reuse_mode 1 costs some connections a second.
+    """
+    wanted = {
+        "net/ipv4/vs/conntrack": "1",  # masquerading is netfilter's
+        "net/ipv4/vs/expire_nodest_conn": "1",
+        "net/ipv4/vs/expire_quiescent_template": "1",
+        "net/ipv4/ip_forward": "1",
+    }
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 9):
+        wanted["net/ipv4/vs/conn_reuse_mode"] = "0"
+    if has_strict_arp:
+        wanted |= {"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"}
+    return wanted
+
+
+class IpvsDataplane:
+    """Makes the kernel serve a desired state through IPVS."""
+
+    def __init__(self, options: IpvsOptions) -> None:
+        self.options = options
+        self.problems: list[str] = []  # what is missing on this machine, one sentence each
+        self._ledger = sysctl.Ledger(options.sysctls)
+        self._renderer = Renderer()
+        self._cleaner = UdpCleaner()
+        self._programmers: list[Programmer] = []
+        self._has_random_fully = False
+        self._have: Rendered | None = None  # None: has to be read
+        self._draining: set[Destination] = set()  # weight 0 until their connections have ended
+        self._state: DesiredState | None = None  # as it was last programmed
+        self._checked_s = self._drained_s = 0.0
+        self._excluded = [ipaddress.ip_network(each) for each in options.exclude_cidrs]
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Find the tools, and set what IPVS needs.
+
+        Raises:
+            UnsupportedError: this machine can't run it; the message says why.
+        """
+        why_not = features.usable(self.options.variant)
+        if why_not is not None:
+            raise UnsupportedError(why_not)
+        variant = choose_variant(self.options.variant)
+        self.problems = []
+        for number in (4, 6):
+            tool = Tool(number, variant)
+            if not (tool.is_installed() and can_read(tool)):
+                self.problems.append(f"no IPv6: {tool.name} can't be used here")
+                continue
+            self._has_random_fully = tool.has_random_fully()
+            self._programmers.append(Programmer(tool, MODE))
+        wanted = sysctls(has_strict_arp=self.options.has_strict_arp, release=os.uname().release)
+        self.problems += self._ledger.set({**wanted, **self.options.settings})
+        if any(self.options.timeouts):
+            with Ipvs() as ipvs:
+                ipvs.set_timeouts(self.options.timeouts)
+        self._checked_s = time.monotonic()
+
+    def close(self) -> None:
+        """Release handles. Programmed state stays in the kernel."""
+        self._programmers = []
+        self._have = self._state = None
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def sync(self, state: DesiredState) -> None:
+        """Make exactly ``state`` work; idempotent, and the cost follows the change.
+
+        Raises:
+            DataplaneError: only a part was programmed; call again.
+        """
+        if not self._programmers:
+            raise DataplaneError("the ipvs dataplane is not started")
+        self._state = None
+        families = {each.tool.family for each in self._programmers}
+        context = context_of(
+            state,
+            default_scheduler=self.options.scheduler,
+            further_scheduler=self.options.further_scheduler,
+        )
+        want = self._renderer.render(
+            [service for service in state.services if service.name.family in families], context
+        )
+        with Ipvs() as ipvs, self._forget_on_error():
+            have = self._have or self._read(ipvs, want, state)
+            self._apply(ipvs, have, want, state)
+        self._cleaner.clean(state)
+        self._state = state
+
+    def tick(self) -> None:
+        """Remove destinations whose connections have ended; look whether somebody flushed what was made.
+
+        Raises:
+            DataplaneError: what was flushed could not be written; the next sync does it.
+        """
+        now_s = time.monotonic()
+        if self._state is None:
+            return
+        if self._draining and now_s - self._drained_s >= DRAIN_S:
+            self._drained_s = now_s
+            with Ipvs() as ipvs, self._forget_on_error():
+                self._drain(ipvs)
+        if now_s - self._checked_s >= self.options.check_s:
+            self._checked_s = now_s
+            if not self._is_intact():
+                log.warning("somebody flushed what mode ipvs had made: writing it again")
+                self._forget()
+                self.sync(self._state)
+
+    def unsupported(self, state: DesiredState) -> list[str]:
+        """Return one sentence for each thing in ``state`` that this dataplane does not do."""
+        return unsupported(state, frozenset(each.tool.family for each in self._programmers))
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _read(self, ipvs: Ipvs, want: Rendered, state: DesiredState) -> Rendered:
+        """Return what the kernel has of ours, and of kube-proxy's."""
+        addresses = netlink.addresses_of(DEVICE)
+        first, last = self.options.node_ports
+
+        def is_ours(server: Server) -> bool:
+            address = ipaddress.ip_address(server.address)
+            if any(address in network for network in self._excluded):
+                return server in want.servers
+            is_node_port = server.address in state.addresses.local and first <= server.port <= last
+            return server in want.servers or server.address in addresses or is_node_port
+
+        servers = {server: found for server, found in ipvs.servers().items() if is_ours(server)}
+        return Rendered(
+            servers,
+            {
+                destination: load.weight
+                for server in servers
+                for destination, load in ipvs.destinations(server).items()
+            },
+            {each: None for each in addresses if not ipaddress.ip_address(each).is_link_local},
+            sets.save([name for number in (4, 6) for name in rules.kinds(number)]),
+            {},
+        )
+
+    def _apply(self, ipvs: Ipvs, have: Rendered, want: Rendered, state: DesiredState) -> None:
+        """Write what is new from the back to the front, then remove the other way round."""
+        entries = diff(have.entries, want.entries)
+        kinds = [kind for each in self._programmers for kind in rules.kinds(each.tool.family).items()]
+        added, deleted = sets.script([] if have is self._have else kinds, entries)
+        sets.restore(added)
+        for programmer in self._programmers:
+            programmer.apply(rules.rules(*self._firm(programmer.tool.family, want, state)), rules.JUMPS)
+        addresses = diff(have.addresses, want.addresses)
+        if addresses.upsert or have is not self._have:
+            netlink.add_addresses(DEVICE, addresses.upsert)
+        servers = diff(have.servers, want.servers)
+        for server, settings in servers.upsert.items():
+            ipvs.set_server(server, settings, is_there=server in have.servers)
+        left = self._write_destinations(ipvs, have, want, servers.delete)
+        for server in servers.delete:
+            ipvs.remove_server(server)
+        if addresses.delete:
+            netlink.remove_addresses(DEVICE, addresses.delete)
+        sets.restore(deleted)
+        self._have = want._replace(destinations={**want.destinations, **dict.fromkeys(left, 0)})
+
+    def _write_destinations(
+        self, ipvs: Ipvs, have: Rendered, want: Rendered, gone: Sequence[Server]
+    ) -> set[Destination]:
+        """Write destinations; return those that stay with weight 0 until their connections have ended."""
+        delta = diff(have.destinations, want.destinations)
+        for destination, weight in delta.upsert.items():
+            ipvs.set_destination(destination, weight, is_there=destination in have.destinations)
+        lost = set(gone)
+        left = set()
+        for destination in delta.delete:
+            if destination.server in lost:
+                continue
+            if destination.server.protocol != _DRAINED:
+                ipvs.remove_destination(destination)
+                continue
+            left.add(destination)
+            if have.destinations[destination] != 0:
+                ipvs.set_destination(destination, 0, is_there=True)
+        self._draining = left
+        return left
+
+    def _drain(self, ipvs: Ipvs) -> None:
+        """Remove destinations of weight 0 that have no connections."""
+        assert self._have is not None
+        for server in {destination.server for destination in self._draining}:
+            loads = ipvs.destinations(server)
+            for destination in [each for each in self._draining if each.server == server]:
+                if destination in loads and loads[destination].connections:
+                    continue
+                ipvs.remove_destination(destination)
+                self._draining.discard(destination)
+                self._have.destinations.pop(destination, None)
+
+    def _firm(self, number: int, want: Rendered, state: DesiredState) -> tuple[rules.Firm, set[str]]:
+        """Return what the rules of one family depend on, and which sets have entries."""
+        firm = rules.Firm(
+            family=number,
+            mark=f"{1 << self.options.masquerade_bit:#x}",
+            masquerades_all=state.masquerades_all,
+            masquerades_outside=state.masquerades_outside,
+            local_sources=sorted(each for each in state.local_sources if family(each) == number),
+            has_random_fully=self._has_random_fully,
+            barred=want.barred[number],
+        )
+        used = {entry.set for entry in want.entries}
+        return firm, {name for name in rules.NAMES if rules.full_name(name, number) in used}
+
+    def _is_intact(self) -> bool:
+        """Return whether what was made is still there, as far as it costs little to see."""
+        have = self._have
+        if have is None:
+            return False
+        listed = sum(
+            line.startswith(("TCP", "UDP", "SCTP")) for line in _LISTED.read_text("ascii").splitlines()
+        )
+        return (
+            listed >= len(have.servers)
+            and len(netlink.addresses_of(DEVICE)) >= len(have.addresses)
+            and all(each.is_intact() for each in self._programmers)
+        )
+
+    def _forget(self) -> None:
+        self._have = None
+        for each in self._programmers:
+            each.forget()
+
+    @contextmanager
+    def _forget_on_error(self) -> Iterator[None]:
+        """Read the kernel again at the next sync when anything goes wrong here."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise

@@ -1,0 +1,61 @@
+"""Mode ``ipvs``: whether this machine can run it, what it is made from, and its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ebpfproxy import conntrack
+from ebpfproxy.dataplane.modes import Made, Site
+from ebpfproxy.metrics import Reading
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+    from pathlib import Path
+
+    from ebpfproxy.config import Config
+
+
+def usable() -> str | None:
+    """Return why this machine can't run it, None if it can."""
+    from ebpfproxy.dataplane.ipvs import features
+
+    return features.usable()
+
+
+def make(settings: Config, site: Site, stack: ExitStack) -> Made:
+    """Make the dataplane."""
+    from ebpfproxy.dataplane.ipvs.dataplane import IpvsDataplane, IpvsOptions
+    from ebpfproxy.netlink.ipvs import Timeouts
+
+    options = IpvsOptions(
+        sysctls=_sysctls(site),
+        variant=settings.iptables_variant,
+        masquerade_bit=settings.masquerade_bit,
+        scheduler=settings.scheduler,
+        further_scheduler=settings.ipvs_scheduler,
+        node_ports=settings.service_node_port_range,
+        exclude_cidrs=settings.ipvs_exclude_cidrs,
+        has_strict_arp=settings.ipvs_strict_arp,
+        timeouts=Timeouts(
+            round(settings.ipvs_tcp_s), round(settings.ipvs_tcp_fin_s), round(settings.ipvs_udp_s)
+        ),
+        check_s=settings.max_sync_s,
+        settings=conntrack.settings_of(settings),
+    )
+    return Made(IpvsDataplane(options), Site(site.state_dir))
+
+
+def reading(site: Site) -> Reading:
+    """Return nothing: what IPVS counts, ipvsadm and others show."""
+    return Reading()
+
+
+def cleanup(site: Site) -> list[str]:
+    """Remove what this mode made, and put settings of the kernel back."""
+    from ebpfproxy.dataplane.ipvs import cleanup as end
+
+    return end.cleanup(_sysctls(site))
+
+
+def _sysctls(site: Site) -> Path:
+    return site.state_dir / "sysctls-ipvs.json"
