@@ -546,7 +546,10 @@ def _scheduler(name: str) -> tuple[Scheduler, str]:
     if name == "mh":  # IPVS' name of Maglev hashing
         return Scheduler.MAGLEV, ""
     if name in _UPSTREAM_SCHEDULERS:
-        return Config().scheduler, f"ipvs.scheduler: {name} ({Config().scheduler} is used)"
+        return (
+            Config().scheduler,
+            f"ipvs.scheduler: {name} (in modes other than ipvs {Config().scheduler} is used)",
+        )
     try:
         return Scheduler(name or Config().scheduler), ""
     except ValueError:

@@ -75,6 +75,19 @@ class Ledger:
                 problems.append(str(error))
         return problems
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to put back, or ``mark`` was called."""
+        return self._path.exists()
+
+    def mark(self) -> None:
+        """Make the file, even if there is nothing to put back: it says that its owner was here.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        self._save(self._found)
+
     def restore(self) -> list[str]:
         """Put settings back that are still ours; return one line for each."""
         done = []

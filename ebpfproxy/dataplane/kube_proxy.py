@@ -59,7 +59,7 @@ _CHAINS: Mapping[str, frozenset[str]] = {
 }
 _MASQUERADE = frozenset(("KUBE-MARK-MASQ", "KUBE-POSTROUTING"))  # one marks, the other acts on the mark
 _SETS = frozenset(
-    f"KUBE-{family}{name}"
+    f"KUBE-{family}{name}"[:31]  # a set's name is no longer; kube-proxy cuts it
     for family in ("", "6-")
     for name in (
         *("LOOP-BACK", "CLUSTER-IP", "EXTERNAL-IP", "EXTERNAL-IP-LOCAL", "IPVS-IPS"),

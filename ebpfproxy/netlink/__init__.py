@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
 VIP_DEVICE = "kube-ipvs0"  # kube-proxy's name, and ours in mode ipvs
-_IFA_F_NODAD = 0x2
+_IFA_F_NODAD, _FOREVER = 0x2, 0xFFFFFFFF
 PRIMARY = "primary"  # the special value of nodePortAddresses
 
 # Multicast groups of rtnetlink that say that a device, an address or a route came, went or changed
@@ -293,22 +293,24 @@ def remove_device(name: str) -> bool:
 def add_addresses(name: str, added: Iterable[str]) -> None:
     """Give addresses to a dummy device, which is made if need be; those that are there are no error."""
     listed = list(added)
+    with _iproute(f"make device {name} (kernel module dummy)") as route:
+        if not route.link_lookup(ifname=name):
+            route.link("add", ifname=name, kind="dummy")
     with _iproute(f"add addresses to {name}") as route:
         from pyroute2.netlink.exceptions import NetlinkError
 
-        if not route.link_lookup(ifname=name):
-            route.link("add", ifname=name, kind="dummy")
         (number,) = route.link_lookup(ifname=name)
         route.link("set", index=number, state="up")
         for address in listed:
             try:
                 if ":" in address:
                     # Nobody else has it, so nobody is asked; and it is the last to be chosen as a source.
+                    life = {"preferred": 0, "valid": _FOREVER}
                     route.addr(
-                        *("add", number), address=address, prefixlen=128, flags=_IFA_F_NODAD, preferred=0
+                        "add", index=number, address=address, prefixlen=128, flags=_IFA_F_NODAD, **life
                     )
                 else:
-                    route.addr("add", number, address=address, prefixlen=32)
+                    route.addr("add", index=number, address=address, prefixlen=32)
             except NetlinkError as error:
                 if error.code != errno.EEXIST:
                     raise
@@ -322,7 +324,7 @@ def remove_addresses(name: str, removed: Iterable[str]) -> None:
         for number in route.link_lookup(ifname=name):
             for address in removed:
                 try:
-                    route.addr("del", number, address=address, prefixlen=128 if ":" in address else 32)
+                    route.addr("del", index=number, address=address, prefixlen=128 if ":" in address else 32)
                 except NetlinkError as error:
                     if error.code != errno.EADDRNOTAVAIL:
                         raise

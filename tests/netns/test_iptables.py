@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,7 +47,7 @@ class Node:
         )
         self.write(3)
 
-    def write(self, backends: int, **spec: object) -> None:
+    def write(self, backends: int, **spec: Any) -> None:
         self.agent.write(
             service("web", known.HTTP | {"nodePort": 30080}, ips=known.WEB, type="NodePort", **spec),
             *known.slices("web", self.net.pods[:backends], known.TO_HTTP),

@@ -236,7 +236,10 @@ def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metric
 @pytest.mark.parametrize(
     ("fields", "unused"),
     [
-        ({"ipvs": {"scheduler": "lblc"}}, ("ipvs.scheduler: lblc (random is used)",)),
+        (
+            {"ipvs": {"scheduler": "lblc"}},
+            ("ipvs.scheduler: lblc (in modes other than ipvs random is used)",),
+        ),
         ({"iptables": {"masqueradeBit": 15}}, ("iptables.masqueradeBit",)),
         (
             {"featureGates": {"SomeGate": True, "Other": False}},

@@ -41,3 +41,12 @@ def test_what_somebody_else_changed_since_stays(proc: Path, tmp_path: Path) -> N
 
 def test_what_the_kernel_does_not_have_is_said(proc: Path, tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger").set({"net/c": "1"}) == ["this kernel has no setting net.c (to be 1)"]
+
+
+def test_a_mark_says_that_we_were_here(proc: Path, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    assert not ledger.exists
+    ledger.mark()
+    assert Ledger(tmp_path / "ledger").exists
+    assert Ledger(tmp_path / "ledger").restore() == []
+    assert not Ledger(tmp_path / "ledger").exists

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 def cleanup(sysctls: Path, node_ports: tuple[int, int] = (30000, 32767)) -> list[str]:
     """Remove our chains, virtual servers, device and sets, put settings back; return one line for each thing.
 
+    Where this mode never ran they are kube-proxy's, if they are there at all, and stay.
     Virtual servers are ours that are on an address of our device, or on a NodePort of this node's.
 
     Raises:
         EbpfproxyError: something could not be removed; call again.
     """
+    ledger = sysctl.Ledger(sysctls)
+    if not ledger.exists:
+        return []
     removed = chains.remove("ipvs")
     vips = netlink.addresses_of(netlink.VIP_DEVICE)
     if vips:
@@ -33,7 +37,7 @@ def cleanup(sysctls: Path, node_ports: tuple[int, int] = (30000, 32767)) -> list
     if sets.is_installed():
         ours = [name for number in (4, 6) for name in kinds(number)]
         removed += [f"ipset {name}" for name in sets.destroy(ours)]
-    return removed + sysctl.Ledger(sysctls).restore()
+    return removed + ledger.restore()
 
 
 def _remove_servers(vips: frozenset[str], local: set[str], node_ports: tuple[int, int]) -> list[str]:

@@ -115,6 +115,10 @@ class IpvsDataplane:
                 continue
             self._has_random_fully = tool.has_random_fully()
             self._programmers.append(Programmer(tool, MODE))
+        try:
+            self._ledger.mark()  # cleanup has to know that what has kube-proxy's names may be ours
+        except OSError as error:
+            raise DataplaneError(f"write {self.options.sysctls}: {error.strerror}") from error
         wanted = sysctls(has_strict_arp=self.options.has_strict_arp, release=os.uname().release)
         self.problems += self._ledger.set({**wanted, **self.options.settings})
         if any(self.options.timeouts):

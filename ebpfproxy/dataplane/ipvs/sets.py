@@ -77,8 +77,8 @@ JUMPS = (
 
 
 def full_name(name: str, family: int) -> str:
-    """Return the name of a set in the kernel."""
-    return f"KUBE-6-{name}" if family == 6 else f"KUBE-{name}"
+    """Return the name of a set in the kernel, which allows 31 characters; kube-proxy cuts it likewise."""
+    return (f"KUBE-6-{name}" if family == 6 else f"KUBE-{name}")[:31]
 
 
 def kinds(family: int) -> dict[str, Kind]:
