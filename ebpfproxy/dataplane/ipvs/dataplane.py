@@ -287,7 +287,7 @@ class IpvsDataplane:
         )
         return (
             listed >= len(have.servers)
-            and len(netlink.addresses_of(DEVICE)) >= len(have.addresses)
+            and have.addresses.keys() <= netlink.addresses_of(DEVICE)
             and all(each.is_intact() for each in self._programmers)
         )
 
