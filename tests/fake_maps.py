@@ -115,6 +115,8 @@ def service(
     protocol: Protocol = Protocol.TCP,
     scheduler: Scheduler = Scheduler.RR,
     external_policy: Policy = Policy.CLUSTER,
+    internal_policy: Policy = Policy.CLUSTER,
+    family: int = 4,
     affinity_s: int = 0,
     source_ranges: tuple[str, ...] = (),
 ) -> Service:
@@ -132,12 +134,13 @@ def service(
     cluster = pool(every, Empty.REJECT)
     local = pool([b for b in every if b.is_local], Empty.DROP if cluster.backends else Empty.REJECT)
     return Service(
-        name=ServiceName("default", name, "", 4),
+        name=ServiceName("default", name, "", family),
         protocol=protocol,
         frontends=tuple(frontends),
         backends=every,
         cluster=cluster,
         local=local,
+        internal_policy=internal_policy,
         external_policy=external_policy,
         scheduler=scheduler,
         affinity_s=affinity_s,
@@ -152,6 +155,10 @@ def cluster_ip(address: str, port: int = 80) -> Frontend:
 
 def node_port(port: int) -> Frontend:
     return Frontend(FrontendKind.NODE_PORT, "", port)
+
+
+def external_ip(address: str, port: int = 80) -> Frontend:
+    return Frontend(FrontendKind.EXTERNAL_IP, address, port)
 
 
 def load_balancer(address: str, port: int = 80) -> Frontend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,7 +11,7 @@ from ebpfproxy import status
 from ebpfproxy.cli import output
 from ebpfproxy.cli.exit_codes import ExitCode
 from ebpfproxy.cli.output import Column
-from ebpfproxy.dataplane import modes
+from ebpfproxy.dataplane import capabilities, modes
 from ebpfproxy.dataplane.bpf import features
 from ebpfproxy.loader.bcc import BccLoader
 from ebpfproxy.loader.libbpf import LibbpfLoader
@@ -49,8 +50,19 @@ _FEATURES: list[Column[features.Feature]] = [
 ]
 
 
+class Capability(msgspec.Struct, frozen=True):
+    """A feature, and the modes that lack it."""
+
+    name: str
+    what: str
+    limits: dict[str, str]  # mode -> why not
+
+
 def run(arguments: argparse.Namespace) -> ExitCode:
     """Print the report; exit status 1 if no dataplane can run."""
+    if arguments.capabilities:
+        _show_capabilities(arguments.output)
+        return ExitCode.OK
     said = status.read(arguments.state_dir)
     choices = tuple(Choice(each.name, each.usable() or "") for each in (LibbpfLoader(), BccLoader()))
     report = Report(
@@ -64,6 +76,33 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     else:
         print(_text(report, is_wide=arguments.output == "wide"))
     return ExitCode.FAILED if all(each.reason for each in report.dataplanes) else ExitCode.OK
+
+
+def _show_capabilities(style: str) -> None:
+    """Print which mode does what."""
+    listed = modes.names()
+    rows = [
+        Capability(each.name, each.what, {mode: why for mode, why in each.limits.items() if mode in listed})
+        for each in capabilities.FEATURES
+    ]
+    if style in ("json", "yaml"):
+        output.encode(rows, style)
+        return
+    columns: list[Column[Capability]] = [Column("FEATURE", lambda row: row.what)]
+    columns += [Column(mode.upper(), partial(_can, mode)) for mode in listed]
+    reasons = [
+        f"{row.what}\n"
+        + "\n".join(
+            f"  {', '.join(names)}: {why}" for why, names in capabilities.by_reason(row.limits).items()
+        )
+        for row in rows
+        if row.limits
+    ]
+    print(output.table(rows, columns) + "\n\nwhy not\n" + "\n".join(reasons))
+
+
+def _can(mode: str, row: Capability) -> str:
+    return "no" if mode in row.limits else "yes"
 
 
 def _text(report: Report, *, is_wide: bool) -> str:

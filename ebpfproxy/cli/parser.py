@@ -383,6 +383,11 @@ def _verbs(commands: _Commands) -> None:
 
 def _nouns(commands: _Commands) -> None:
     check = commands.add("check", _lazily("check"), "what this machine can run, and why not the rest")
+    check.add_argument(
+        "--capabilities",
+        action="store_true",
+        help="what each mode does, feature by feature, and why not; asks nothing of this machine",
+    )
     _output(check)
     _state_dir(check)
 

@@ -195,3 +195,11 @@ BY_NAME = {each.name: each for each in FEATURES}
 def limit(mode: str, name: str) -> str | None:
     """Return why ``mode`` does not do the feature ``name``, None if it does."""
     return BY_NAME[name].limit(mode)
+
+
+def by_reason(limits: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the modes that share a reason, reason by reason."""
+    found: dict[str, list[str]] = {}
+    for mode, reason in limits.items():
+        found.setdefault(reason, []).append(mode)
+    return found

@@ -27,8 +27,8 @@ LONG_S, SHORT_S = 600, 1
 
 
 @pytest.fixture
-def agent(net: Topology) -> Iterator[Agent]:
-    made = Agent(net, config=known.CONFIG)
+def agent(net: Topology, mode: str) -> Iterator[Agent]:
+    made = Agent(net, mode=mode, config=known.CONFIG)
     both = (known.TO_HTTP, known.TO_UDP)
     for name, ips, timeout_s, node_port in [
         ("sticky", known.WEB, LONG_S, 30080),

@@ -32,13 +32,15 @@ from scapy.layers.sctp import SCTP, SCTPChunkInit
 from scapy.packet import Packet, Raw, raw
 from scapy.utils import checksum
 
+from ebpfproxy.dataplane.capabilities import limit
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
 from rig.servers import name_servers
-from rig.topology import OUTSIDE_IPS, Topology, offloads
+from rig.topology import GATEWAYS, NODE_IPS, OUTSIDE_IPS, Topology, offloads
 
 from . import catalogue as known
+from .dataplanes import MODES, skip_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,9 +63,11 @@ class Setup(NamedTuple):
     attach: str
     clients: str
     node: str
+    mode: str = "bpf"
 
     def __str__(self) -> str:
-        return f"{self.attach}, offloads {self.clients} at clients, {self.node} at the node"
+        how = self.attach if self.mode == "bpf" else self.mode
+        return f"{how}, offloads {self.clients} at clients, {self.node} at the node"
 
 
 SETUPS = [
@@ -73,6 +77,7 @@ SETUPS = [
     Setup("tcx", "off", "off"),
     Setup("clsact", "on", "on"),
     Setup("clsact", "on", "off"),
+    *(Setup("auto", "on", "on", mode) for mode in MODES if mode != "bpf"),
 ]
 
 
@@ -93,7 +98,7 @@ def node(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[Node]:
             offloads(place, "eth0", setup.clients, FEATURES)
         for device in ("eth0", client.device):
             offloads(net.on_node_bare, device, setup.node, FEATURES)
-        agent = Agent(net, config=known.CONFIG, attach=setup.attach)
+        agent = Agent(net, mode=setup.mode, config=known.CONFIG, attach=setup.attach)
         agent.write(
             service("web", known.HTTP, known.UDP, ips=known.WEB, externalIPs=list(known.EXTERNAL)),
             *known.slices("web", [server], known.TO_HTTP, known.TO_UDP),
@@ -115,12 +120,13 @@ class Target(NamedTuple):
     what: str
     vips: tuple[str, str]
     port: int
+    feature: str = "reject"
 
 
 TARGETS = [
     Target("no endpoints", known.EMPTY, 80),
-    Target("unused port of a cluster IP", known.WEB, 9999),
-    Target("unused port of an external IP", known.EXTERNAL, 9999),
+    Target("unused port of a cluster IP", known.WEB, 9999, "reject-unused"),
+    Target("unused port of an external IP", known.EXTERNAL, 9999, "reject-unused"),
 ]
 
 
@@ -135,6 +141,7 @@ TARGETS = [
 def case(request: pytest.FixtureRequest, node: Node) -> tuple[Probe, str, int, int]:
     """A client, a VIP, a port, and whether it is IPv6."""
     target, origin, family = request.param
+    skip_limits(node.setup.mode, target.feature)
     return node.probes[origin], target.vips[family], target.port, family
 
 
@@ -172,7 +179,11 @@ def test_curl(case: tuple[Probe, str, int, int]) -> None:
 @pytest.mark.parametrize("origin", ["outside", "pod"])
 def test_sctp(node: Node, origin: str, family: int) -> None:
     """Port unreachable with the packet in it; raw sockets, as the test kernel may have no SCTP."""
+    skip_limits(node.setup.mode, "sctp")
     probe, vip = node.probes[origin], known.EMPTY[family]
+    senders = {vip}
+    if limit(node.setup.mode, "error-source"):
+        senders = {NODE_IPS[family], GATEWAYS[family]}
     init = SCTPChunkInit(init_tag=7, a_rwnd=65535, n_out_streams=1, n_in_streams=1, init_tsn=1)
     packet = bytes(SCTP(sport=5000, dport=132) / init)
     icmp = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)[family]
@@ -184,7 +195,7 @@ def test_sctp(node: Node, origin: str, family: int) -> None:
         client.sendto(packet, vip, 0)
         while True:
             data, (sender, _) = errors.recvfrom()
-            if sender == vip:  # not a neighbour's
+            if sender in senders:  # not a neighbour's
                 break
     if family:
         error, quoted = ICMPv6DestUnreach(data), IPerror6
@@ -211,7 +222,13 @@ def test_services_with_backends_are_not_touched(node: Node) -> None:
     assert node.probes["pod"].tcp(known.WEB[0], 80) == {"pod1": 1}
 
 
+def only_bpf(node: Node) -> None:
+    if node.setup.mode != "bpf":
+        pytest.skip("answers that the kernel makes, not our programs")
+
+
 def test_counted(node: Node) -> None:
+    only_bpf(node)
     for port in (80, 9999):
         with node.probes["pod"].impatient(AT_ONCE_S), pytest.raises(ConnectionRefusedError):
             node.probes["pod"].tcp(known.EMPTY[0], port)
@@ -266,6 +283,7 @@ def test_frame(
     is_finished: bool,
 ) -> None:
     """An answer's checksums are made, whatever was left to the device in the packet that it is made of."""
+    only_bpf(node)
     layer, protocol = (IP, IPv6)[family], type(header)
     ether = Ether(src=mac(node.net.from_outside, "eth0"), dst=mac(node.net.on_node_bare, "eth0"))
     ip = (ip4, ip6)[family].copy()

@@ -15,6 +15,7 @@ from rig.objects import service
 from rig.probe import Probe
 
 from . import catalogue as known
+from .dataplanes import skip_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,16 @@ ORIGINS = ["node", "outside"]
 RESET = (SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))  # close() sends RST: no TIME_WAIT, socket(7)
 
 
+#: The feature that each belongs to, see capabilities.
+FEATURES = {"rr": "rr", "wrr": "rr", "random": "random", "sh": "sh", "dh": "sh", "maglev": "maglev"}
+
+
+def needs(mode: str, scheduler: str) -> None:
+    skip_limits(mode, FEATURES.get(scheduler, "lc"))
+
+
 @pytest.fixture(scope="module")
-def probes(nothing_left: None) -> Iterator[dict[str, Probe]]:
+def probes(nothing_left: None, mode: str) -> Iterator[dict[str, Probe]]:
     """Clients for an agent with one Service per scheduler, see ``vip``, without weights and with."""
     from rig.servers import name_servers
     from rig.topology import Topology
@@ -40,7 +49,7 @@ def probes(nothing_left: None) -> Iterator[dict[str, Probe]]:
     with ExitStack() as stack:
         net: Topology = stack.enter_context(Topology(pod_count=3))
         stack.enter_context(name_servers(serving(net), 8080))
-        agent = Agent(net, config=known.CONFIG)
+        agent = Agent(net, mode=mode, config=known.CONFIG)
         for name in SCHEDULERS:
             for is_weighted in (False, True):
                 annotations = {"ebpfproxy.io/scheduler": name}
@@ -102,12 +111,14 @@ EXACT = [
 @pytest.mark.parametrize(("scheduler", "is_weighted", "count", "shares"), EXACT)
 def test_exact_shares(
     probes: dict[str, Probe],
+    mode: str,
     origin: str,
     scheduler: str,
     is_weighted: bool,
     count: int,
     shares: tuple[int, int, int],
 ) -> None:
+    needs(mode, scheduler)
     expected = dict(zip(("pod1", "pod2", "pod3"), shares, strict=True))
     assert held(probes[origin], vip(scheduler, is_weighted), count) == expected
 
@@ -127,7 +138,10 @@ def test_weighted_random_prefers_the_heavy(probes: dict[str, Probe], origin: str
 
 @pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["plain", "weighted"])
-def test_source_hash_goes_by_client_address(probes: dict[str, Probe], origin: str, is_weighted: bool) -> None:
+def test_source_hash_goes_by_client_address(
+    probes: dict[str, Probe], mode: str, origin: str, is_weighted: bool
+) -> None:
+    needs(mode, "sh")
     address = vip("sh", is_weighted)
     chosen = {
         number: set(probes[origin].tcp(address, 80, 3, bind=client(origin, number)))
@@ -138,7 +152,8 @@ def test_source_hash_goes_by_client_address(probes: dict[str, Probe], origin: st
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-def test_destination_hash_goes_by_vip(probes: dict[str, Probe], origin: str) -> None:
+def test_destination_hash_goes_by_vip(probes: dict[str, Probe], mode: str, origin: str) -> None:
+    needs(mode, "dh")
     names = {
         name
         for number in range(1, 6)
@@ -147,13 +162,15 @@ def test_destination_hash_goes_by_vip(probes: dict[str, Probe], origin: str) -> 
     assert len(names) == 1, "one VIP, one backend"
 
 
-def test_maglev_spreads_flows(probes: dict[str, Probe]) -> None:
+def test_maglev_spreads_flows(probes: dict[str, Probe], mode: str) -> None:
+    needs(mode, "maglev")
     # Each backend has a third of the table: 3 * (2/3)**60 < 1e-10.
     assert len(probes["outside"].tcp(vip("maglev", False), 80, 60)) == 3
 
 
-def test_maglev_gives_one_flow_one_backend(probes: dict[str, Probe]) -> None:
+def test_maglev_gives_one_flow_one_backend(probes: dict[str, Probe], mode: str) -> None:
     """The same five-tuple again, after the first connection is closed."""
+    needs(mode, "maglev")
     names = set()
     bind = (client("outside", 9)[0], 20001)  # below the ports that others are given
     for _ in range(4):
@@ -164,12 +181,13 @@ def test_maglev_gives_one_flow_one_backend(probes: dict[str, Probe]) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_weight_zero_drains(net: Topology, scheduler: str) -> None:
+def test_weight_zero_drains(net: Topology, mode: str, scheduler: str) -> None:
+    needs(mode, scheduler)
     annotations = {
         "ebpfproxy.io/scheduler": scheduler,
         "ebpfproxy.io/weights": "10.244.0.11=0,10.244.0.12=1",
     }
-    agent = Agent(net, config=known.CONFIG)
+    agent = Agent(net, mode=mode, config=known.CONFIG)
     agent.write(
         service("web", known.HTTP, ips=known.WEB[:1], annotations=annotations),
         *known.slices("web", net.pods[:2], known.TO_HTTP)[:1],

@@ -34,8 +34,16 @@ PORTS: tuple[Object, ...] = (
 
 
 @pytest.fixture
-def agent(net: Topology) -> Iterator[Agent]:
+def agent(net: Topology, mode: str) -> Iterator[Agent]:
     """Not started yet: what is written before the start works when it is ready."""
+    made = Agent(net, mode=mode, config=known.CONFIG)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def bpf_agent(net: Topology) -> Iterator[Agent]:
+    """The same for what only our own programs could get wrong."""
     made = Agent(net, config=known.CONFIG)
     yield made
     made.stop()
@@ -110,8 +118,14 @@ def test_next_query_goes_elsewhere_when_the_backend_goes(
 @pytest.mark.skipif(sockdiag.why_not() is not None, reason="this kernel ends no sockets for others")
 @pytest.mark.parametrize("kind", ["v4", "v6", "mapped"])
 @pytest.mark.parametrize("origin", ["node", "pod-in-cgroup"])
-def test_connected_socket_ends_with_its_backend(net: Topology, agent: Agent, origin: str, kind: str) -> None:
-    """The process is told (ECONNABORTED) and connects anew; sockets to other backends notice nothing."""
+def test_connected_socket_ends_with_its_backend(
+    net: Topology, bpf_agent: Agent, origin: str, kind: str
+) -> None:
+    """The process is told (ECONNABORTED) and connects anew; sockets to other backends notice nothing.
+
+    Where packets are translated, its next datagram goes elsewhere by itself.
+    """
+    agent = bpf_agent
     vip = {"v4": known.WEB[0], "v6": known.WEB[1], "mapped": f"::ffff:{known.WEB[0]}"}[kind]
     family = socket.AF_INET if kind == "v4" else socket.AF_INET6
     pods = {pod.name: pod for pod in net.pods[:2]}
@@ -141,9 +155,10 @@ def test_connected_socket_ends_with_its_backend(net: Topology, agent: Agent, ori
 @pytest.mark.parametrize("offload", ["on", "off"])
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
 def test_checksums_for_every_length(
-    net: Topology, agent: Agent, origin: str, offload: str, family: int
+    net: Topology, bpf_agent: Agent, origin: str, offload: str, family: int
 ) -> None:
     """With offloads off the sender writes the checksum in full and the receiver checks what we changed."""
+    agent = bpf_agent
     agent.write(
         service("web", known.UDP, ips=known.WEB),
         *known.slices("web", net.pods[:1], known.TO_UDP),

@@ -131,7 +131,8 @@ class Agent:
         """Start it; with ``wait`` return when it told systemd that it is ready."""
         self.loader = loader or self.loader
         if self.mode != "bpf" and isinstance(self.net, Topology):
-            self.net.add_default_route()  # capabilities: without-route
+            self.net.add_default_route()
+        self._syncs_before = 0
         if self._notify:
             self._notify.close()
         self._notify_path.unlink(missing_ok=True)

@@ -242,6 +242,26 @@ def test_docs_of_the_command_line_are_those_of_the_program() -> None:
     )
 
 
+def test_docs_of_modes_are_the_programs_own_tables() -> None:
+    assert (ROOT / "docs/dataplanes.md").read_text() == load_script("dataplanes_docs").document(), (
+        "run: .venv/bin/python scripts/dataplanes_docs.py >docs/dataplanes.md"
+    )
+
+
+def test_capabilities_are_a_table_with_reasons() -> None:
+    shown = ebpfproxy("check", "--capabilities")
+    assert shown.returncode == ExitCode.OK
+    (line,) = [
+        line for line in shown.stdout.splitlines() if line.startswith("schedulers lc, wlc") and "yes" in line
+    ]
+    assert line.split("  ")[-1].strip() in {"yes", "no"}
+    assert "netfilter counts no open connections of a backend" in shown.stdout
+    rows = json.loads(ebpfproxy("check", "--capabilities", "-o", "json").stdout)
+    limits = {row["name"]: row["limits"] for row in rows}
+    assert set(limits["lc"]) <= {"nftables", "iptables"}
+    assert "bpf" in limits["retry"]
+
+
 def test_help_and_docs_name_every_exit_status() -> None:
     for text in (parser.build().format_help(), (ROOT / "docs/cli.md").read_text()):
         assert all(f" {code.value} " in text for code in ExitCode)

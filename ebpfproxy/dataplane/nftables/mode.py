@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ebpfproxy import conntrack
 from ebpfproxy.dataplane.modes import Made, Site
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     from ebpfproxy.sysctl import Ledger
 
     stack.callback(NetworkLock("nftables").close)
-    options = NftablesOptions(mark=1 << settings.masquerade_bit, settings=_kernel_settings(settings))
+    options = NftablesOptions(mark=1 << settings.masquerade_bit, settings=conntrack.settings_of(settings))
     dataplane = NftablesDataplane(options, Ledger(site.state_dir / SETTINGS))
     return Made(dataplane, site._replace(cgroup=None, bpffs=None))
 
@@ -60,16 +61,3 @@ def cleanup(site: Site) -> list[str]:
     finally:
         lock.close()
     return [*(f"table {header(family)} {TABLE}" for family in found), *restored]
-
-
-def _kernel_settings(settings: Config) -> dict[str, str]:
-    """Return the timeouts of connection tracking that the configuration names."""
-    timeouts = {
-        "udp_timeout": settings.udp_s,
-        "udp_timeout_stream": settings.udp_stream_s,
-        "tcp_timeout_established": settings.tcp_established_s,
-        "tcp_timeout_close_wait": settings.tcp_close_wait_s,
-    }
-    return {
-        f"net/netfilter/nf_conntrack_{name}": str(round(value)) for name, value in timeouts.items() if value
-    }

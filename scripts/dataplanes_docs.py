@@ -1,0 +1,74 @@
+"""Prints docs/dataplanes.md, made from the tables of modes and of what they do.
+
+A test compares it with the file. Usage: .venv/bin/python scripts/dataplanes_docs.py >docs/dataplanes.md
+"""
+
+from __future__ import annotations
+
+from ebpfproxy.dataplane import capabilities, modes
+
+INTRODUCTION = """\
+# Modes
+
+Made by `scripts/dataplanes_docs.py` from the program's own tables, as `ebpfproxy check --capabilities`.
+
+All modes take the same desired state and do the same with it; where one can't, this page says so.
+`--mode auto` (`mode: auto` in the [configuration](configuration.md)) takes the first of these that the
+machine can run:
+
+"""
+
+SWITCHING = """
+`ebpfproxy check` says of each mode why this machine can't run it. The log, `ebpfproxy status` ("passed over")
+and the metric `ebpfproxy_mode_passed_over` say it of those that `auto` could not use.
+
+More on [nftables](nftables.md) and [userspace](userspace.md).
+
+## Switching
+
+Start the agent with another `--mode`. Once everything is programmed in the new mode, what the old one left in
+the kernel is removed; `modes.json` in the state directory says which modes that may be. New connections are
+served all the time. What is established goes on where the kernel can keep it:
+
+| from | established connections |
+|---|---|
+| `bpf` | of sockets on the node: go on. Others: their translation goes with the maps |
+| `nftables`, `iptables`, `ipvs` | go on while the kernel's NAT is in use by anybody; to `bpf`, until then |
+| `userspace` | go on until they end: the proxy process stays for them |
+
+`ebpfproxy cleanup` removes what any mode ever made.
+
+## What each mode does
+
+"""
+
+
+def document() -> str:
+    """Return the whole document."""
+    ways = [f"| `{each.name}` | {each.works_by} | {each.needs} |" for each in modes.TABLE]
+    names = [each.name for each in modes.TABLE]
+    rows, reasons = [], []
+    for feature in capabilities.FEATURES:
+        marks = []
+        for name in names:
+            reason = feature.limit(name)
+            if reason and reason not in reasons:
+                reasons.append(reason)
+            marks.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
+        rows.append(f"| {feature.what} | {' | '.join(marks)} |")
+    return (
+        INTRODUCTION
+        + "| mode | works by | needs |\n|---|---|---|\n"
+        + "\n".join(ways)
+        + "\n"
+        + SWITCHING
+        + f"| | {' | '.join(f'`{name}`' for name in names)} |\n|---|{'---|' * len(names)}\n"
+        + "\n".join(rows)
+        + "\n\n"
+        + "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")
