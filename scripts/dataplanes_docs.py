@@ -33,8 +33,11 @@ served all the time. What is established goes on where the kernel can keep it:
 | from | established connections |
 |---|---|
 | `bpf` | of sockets on the node: go on. Others: their translation goes with the maps |
-| `nftables`, `iptables`, `ipvs` | go on while the kernel's NAT is in use by anybody; to `bpf`, until then |
+| `nftables`, `iptables`, `ipvs` | go on; to `bpf` those of sockets on the node alone |
 | `userspace` | go on until they end: the proxy process stays for them |
+
+After a switch to `bpf` the nftables table `ebpfproxy-takeover` keeps the kernel's NAT at work until the last
+connection that it translates has ended.
 
 `ebpfproxy cleanup` removes what any mode ever made.
 

@@ -6,6 +6,7 @@ It also ends what an earlier run in another mode left: the new mode is complete 
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +29,12 @@ log = logging.getLogger(__name__)
 
 #: In the state directory: mode -> BPF file system, of every mode that may have something in the kernel.
 RECORD = "modes.json"
+#: In the record beside modes: what keeps connections of an earlier mode, see ebpfproxy.dataplane.nat.
+KEEPER = "nat"
+#: Modes whose connections the kernel's NAT translates; they have chains of NAT themselves.
+_TRANSLATING = ("nftables", "ipvs", "iptables")
+#: How often is looked whether an earlier mode's last connection ended.
+KEEPER_CHECK_S = 5.0
 
 
 class PassedOver(NamedTuple):
@@ -59,6 +66,7 @@ class ChosenDataplane:
         self._dataplane: Runnable | None = None
         self._leftovers: dict[str, str] = {}  # mode -> BPF file system: what earlier runs may have left
         self._is_synced = False
+        self._look_at = 0.0  # when to look at the keeper
         self._problems: list[str] = []
 
     # -- life ------------------------------------------------------------------------------------
@@ -164,16 +172,47 @@ class ChosenDataplane:
         problems = []
         for name, bpffs in list(self._leftovers.items()):
             try:
-                removed = cleanup(name, self.site, bpffs)
+                if name == KEEPER:
+                    self._end_keeper()
+                else:
+                    self._end_mode(name, bpffs)
             except EbpfproxyError as error:
                 problems.append(f"mode {name}, used earlier, still has something in the kernel: {error}")
-                continue
-            del self._leftovers[name]
-            found = read_record(self.site.state_dir)
-            found.pop(name, None)
-            write_record(self.site.state_dir, found)
-            log.info("switched from mode %s to %s: %d things removed", name, self.mode, len(removed))
         return problems
+
+    def _end_mode(self, name: str, bpffs: str) -> None:
+        """Remove what a mode left; see to it that the connections that it translated go on."""
+        if name in _TRANSLATING and self.mode not in _TRANSLATING:
+            from ebpfproxy.dataplane import nat
+            from ebpfproxy.dataplane.nftables import kernel
+
+            if not kernel.is_missing():
+                self._record(add=KEEPER)
+                nat.hold()
+        removed = cleanup(name, self.site, bpffs)
+        self._record(drop=name)
+        log.info("switched from mode %s to %s: %d things removed", name, self.mode, len(removed))
+
+    def _end_keeper(self) -> None:
+        """Remove the chain of NAT once no connection needs it."""
+        from ebpfproxy.dataplane import nat
+
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + KEEPER_CHECK_S
+        if not nat.is_needed():
+            nat.release()
+            self._record(drop=KEEPER)
+            log.info("the last connection of an earlier mode ended")
+
+    def _record(self, *, add: str = "", drop: str = "") -> None:
+        """Note what is in the kernel; also what is to be ended later."""
+        found = read_record(self.site.state_dir)
+        if add:
+            found[add] = self._leftovers[add] = ""
+        found.pop(drop, None)
+        self._leftovers.pop(drop, None)
+        write_record(self.site.state_dir, found)
 
 
 def cleanup(name: str, site: Site, bpffs: str = "") -> list[str]:

@@ -129,13 +129,14 @@ def generation() -> int:
     raise KernelError("ask for nftables' generation: refused", 0)
 
 
-def has_tables(wanted: Iterable[int]) -> bool:
-    """Return whether our tables are there."""
-    return all(_has_table(family) for family in wanted)
+def has_tables(wanted: Iterable[int], name: str = TABLE) -> bool:
+    """Return whether tables of a name, ours, are there in all of these families."""
+    return all(_has_table(family, name) for family in wanted)
 
 
-def _has_table(family: int) -> bool:
-    return any(each["table"]["name"] == TABLE for each in _list("tables", header(family)) if "table" in each)
+def _has_table(family: int, name: str) -> bool:
+    listed = _list("tables", header(family))
+    return any(each["table"]["name"] == name for each in listed if "table" in each)
 
 
 def read(wanted: Iterable[int]) -> dict[Object, str] | None:
@@ -146,7 +147,7 @@ def read(wanted: Iterable[int]) -> dict[Object, str] | None:
     found: dict[Object, str] = {}
     for family in wanted:
         ip = header(family)
-        if not _has_table(family):
+        if not _has_table(family, TABLE):
             return None
         chains = {name for name, _ in _named("chain", _list("chains", ip))}
         sets = {name for name, _ in _named("set", _list("-t", "sets", ip))}
