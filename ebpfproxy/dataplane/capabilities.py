@@ -89,7 +89,17 @@ FEATURES = (
         "TCP affinity outlives a restart of the agent",
     ),
     Feature("random", "scheduler random"),
-    Feature("rr", "schedulers rr and wrr, weights"),
+    Feature(
+        "random-weights",
+        "weights for scheduler random",
+        {"iptables": "as kube-proxy's, it knows none; use wrr"},
+    ),
+    Feature("rr", "scheduler rr"),
+    Feature(
+        "wrr",
+        "scheduler wrr, with exact shares",
+        {"iptables": "backends are picked at random: shares are right on average"},
+    ),
     Feature(
         "sh",
         "schedulers sh and dh",

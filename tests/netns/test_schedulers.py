@@ -13,6 +13,7 @@ import pytest
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
+from rig.wait import eventually
 
 from . import catalogue as known
 from .dataplanes import skip_limits
@@ -31,7 +32,7 @@ RESET = (SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))  # close() sends RST: n
 
 
 #: The feature that each belongs to, see capabilities.
-FEATURES = {"rr": "rr", "wrr": "rr", "random": "random", "sh": "sh", "dh": "sh", "maglev": "maglev"}
+FEATURES = {"rr": "rr", "wrr": "wrr", "random": "random", "sh": "sh", "dh": "sh", "maglev": "maglev"}
 
 
 def needs(mode: str, scheduler: str) -> None:
@@ -120,7 +121,12 @@ def test_exact_shares(
 ) -> None:
     needs(mode, scheduler)
     expected = dict(zip(("pod1", "pod2", "pod3"), shares, strict=True))
-    assert held(probes[origin], vip(scheduler, is_weighted), count) == expected
+    # A proxy process may learn a moment later that an earlier test's connections have ended.
+    eventually(
+        lambda: held(probes[origin], vip(scheduler, is_weighted), count) == expected,
+        f"{expected}",
+        timeout_s=0 if scheduler in FEATURES else 5,
+    )
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
@@ -130,7 +136,8 @@ def test_random_reaches_all(probes: dict[str, Probe], origin: str) -> None:
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-def test_weighted_random_prefers_the_heavy(probes: dict[str, Probe], origin: str) -> None:
+def test_weighted_random_prefers_the_heavy(probes: dict[str, Probe], mode: str, origin: str) -> None:
+    skip_limits(mode, "random-weights")
     # Of 140, 80 and 20 are expected; that the order turns round is a matter of 6 standard deviations.
     counts = probes[origin].tcp(vip("random", True), 80, 140)
     assert counts["pod1"] > counts["pod3"]

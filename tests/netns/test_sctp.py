@@ -38,7 +38,7 @@ def received(raw: RemoteSocket, family: int) -> tuple[bytes, str]:
 def test_association_is_translated_with_its_checksum(
     net: Topology, mode: str, family: int, target: str
 ) -> None:
-    skip_limits(mode, "sctp")
+    skip_limits(mode, "sctp", *(["client-address"] if target == "NodePort" else []))
     vip, port = {"cluster IP": (known.WEB[family], PORT), "NodePort": (NODE_IPS[family], NODE_PORT)}[target]
     pod, inside_client = net.pods[0], net.pods[3]
     # One whose address is kept: a cluster IP's outside clients get the node's, as clusterCIDR is set.
