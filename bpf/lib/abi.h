@@ -320,6 +320,7 @@ struct scratch {
 	struct flow flow;
 	struct flow_key twin_key;
 	struct flow twin;
+	struct flow_key spare_key;
 };
 
 enum client_kind {

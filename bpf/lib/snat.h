@@ -38,28 +38,55 @@ static __always_inline bool needs_snat(const struct service *service, const stru
 	return service->flags & SERVICE_SNAT && !is_own && !(backend->flags & BACKEND_LOCAL);
 }
 
-/* Inserts the reply entry of `flow` under a free port, and notes the port in `flow`. */
+/* Frees the port of a flow that is over, whose reply entry room->twin_key names. */
+static __always_inline bool free_port(struct scratch *room)
+{
+	bool is_new;
+	struct flow *flow = find_flow(&room->twin_key, &is_new);
+
+	if (!flow || !is_closed(flow->state))
+		return false;
+	make_twin_key(&room->twin_key, flow, &room->spare_key);
+	delete_flow(&room->spare_key);
+	delete_flow(&room->twin_key);
+	return true;
+}
+
+/* Inserts the reply entry of room->flow under a free port, and notes the port there. Without a free one it takes that
+ * of a flow that is over: a backend that still waits for its last packets accepts a later SYN (RFC 6191).
+ */
 static __always_inline bool take_port(struct scratch *room)
 {
 	const struct flow_key *key = &room->packet.flow;
 	__u32 range = config.snat_port_max - config.snat_port_min + 1;
 	__u32 random = bpf_get_prandom_u32();
+	__be16 closed = 0;
 
 	for (__u32 i = 0; i < SNAT_TRIES; i++) {
 		__be16 port = bpf_htons(config.snat_port_min + (random + i * SNAT_STRIDE) % range);
+		struct flow *other;
 
 		/* Another port costs SCTP its checksum (crc32c.h). */
 		if (!i && key->proto == IPPROTO_SCTP)
 			port = key->sport;
 		room->twin_key.dport = port;
-		if (map_lookup(conntrack, &room->twin_key))
+		other = map_lookup(conntrack, &room->twin_key);
+		if (other) {
+			if (is_closed(other->state))
+				closed = port;
 			continue;
+		}
 		if (map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST))
 			continue;
 		room->flow.sport = port;
 		return true;
 	}
-	return false;
+	room->twin_key.dport = closed;
+	if (!closed || !free_port(room) ||
+	    map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST))
+		return false;
+	room->flow.sport = closed;
+	return true;
 }
 
 /* Remembers a new flow, whose forward value is room->flow. The oldest of the new flows make room. */

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from ebpfproxy.libbpf import Program, lib
+from ebpfproxy.libbpf.probes import has_xdp_frags
+from ebpfproxy.libbpf.programs import XDP_HAS_FRAGS
 from rig.kernel import Netns, new_bpffs, new_cgroup, new_netns
 from rig.names import temporary_directory
 from rig.process import HERE, Place
@@ -114,7 +116,8 @@ class Cluster:
             self.router = made.enter_context(new_netns("router"))
             self.nodes = [self._new_node(number + 1) for number in range(self.node_count)]
             self._pass = self.nodes[0].bpffs / "pass"
-            with Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, 0, XDP_PASS)) as program:
+            flags = XDP_HAS_FRAGS if has_xdp_frags() else 0
+            with Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, flags, XDP_PASS)) as program:
                 program.pin(self._pass)
             self._link()
             self._configure_client()

@@ -45,6 +45,9 @@ class XdpAttachments:
         self._mode = mode if program is not None else "off"
         self._patterns = patterns
         self._attached: dict[str, tuple[int, str]] = {}  # device -> index, native | generic
+        self._told: dict[
+            str, tuple[int, str]
+        ] = {}  # as _attached, but for what the log says: it forgets nothing
         self._refused: dict[str, int] = {}  # device -> index: said once, not tried again
 
     @property
@@ -75,14 +78,15 @@ class XdpAttachments:
                     log.info("no XDP on device %s, which tc serves: %s", name, error)
                 continue
             self._attached[name] = index, how
-            log.info("attached to device %s by XDP, %s", name, how)
+            if self._told.get(name) != (index, how):
+                self._told[name] = index, how
+                log.info("attached to device %s by XDP, %s", name, how)
         self._write_targets(found)
         return problems
 
     def forget(self) -> None:
         """Check every device anew at the next ``attach``."""
         self._attached.clear()
-        self._refused.clear()
 
     def _wanted(self, found: Iterable[netlink.Device]) -> Mapping[str, int]:
         chosen = netlink.select_devices(found, self._patterns) if self._patterns else netlink.uplinks(found)
