@@ -118,6 +118,9 @@ def cluster(net: Topology) -> Iterator[Cluster]:
 def test_a_service_s_life(cluster: Cluster, net: Topology) -> None:
     with cluster.agent as agent, Probe(net.on_node) as node:
         assert set(node.tcp(VIP, 80, 20)) == {"pod1", "pod2"}
+        (path, told), *_ = eventually(lambda: cluster.server.posted, "the event of the start")
+        assert path == "/apis/events.k8s.io/v1/namespaces/default/events"
+        assert (told["reason"], told["type"], told["regarding"]["name"]) == ("Starting", "Normal", NODE_NAME)
         cluster.serve("web", VIP, net.pods[2].v4)
         agent.wait_backends(NAME, {net.pods[2].v4})
         assert set(node.tcp(VIP, 80, 5)) == {"pod3"}

@@ -216,3 +216,38 @@ def test_what_the_ipvs_mode_left(net: Topology) -> None:
     assert set(re.findall(r"KUBE-[A-Z0-9-]+", saved)) == {"KUBE-FIREWALL"}, "kubelet's"
     assert "--match-set administrators src -j DROP" in saved
     agent.stop()
+
+
+def test_takeover_from_ipvs(net: Topology) -> None:
+    node = net.on_node_bare
+    if node.run("ipvsadm", "--list", check=False).returncode:
+        pytest.skip("this kernel has no IPVS")
+    net.node.shell("ip link add kube-ipvs0 type dummy; ip address add 10.96.0.10/32 dev kube-ipvs0")
+    node.run("ipset", "restore", text=text("ipvs-sets.txt"))
+    node.run("iptables-restore", text=text("ipvs-iptables.txt"))
+    for server, backend in (
+        ("10.96.0.10:80", f"{net.pods[0].v4}:8080"),
+        ("192.0.2.1:30080", f"{net.pods[0].v4}:8080"),
+        ("192.0.2.7:443", f"{net.pods[1].v4}:8080"),  # keepalived's, say
+    ):
+        node.run("ipvsadm", "-A", "-t", server, "-s", "rr")
+        node.run("ipvsadm", "-a", "-t", server, "-r", backend, "-m")
+    agent = Agent(net, config=known.CONFIG)
+    write(agent, net)
+    clean = ("cleanup", "--kube-proxy", "--state-dir", agent.state_dir)
+    with Probe(net.pods[3].place) as pod, socket_to(pod, known.WEB[0]) as kept:
+        assert kept.ask() == "pod1"
+        with agent:
+            assert set(pod.tcp(known.WEB[0], 80, 6)) <= OURS
+            assert kept.ask() == "pod1"
+            refused = agent.cli(*clean, check=False)
+            assert refused.returncode == 1
+            assert "1 connections go through it" in refused.stderr
+            assert kept.ask() == "pod1", "nothing was touched"
+            said = agent.cli(*clean, "--now").stdout
+            for line in ("virtual server 10.96.0.10:80/tcp", "virtual server 192.0.2.1:30080/tcp"):
+                assert f"removed IPVS {line}" in said
+            assert "removed device kube-ipvs0" in said
+            saved = node.run("ipvsadm", "--save", "--numeric").stdout
+            assert re.findall(r"^-A -t (\S+)", saved, re.MULTILINE) == ["192.0.2.7:443"]
+            assert set(pod.tcp(known.WEB[0], 80, 6)) <= OURS
