@@ -77,8 +77,16 @@ class Ipvs:
         from pyroute2 import IPVS
         from pyroute2.netlink.exceptions import NetlinkError
 
+        class Socket(IPVS):  # type: ignore[misc] # pyroute2 has no types
+            def __init__(self) -> None:
+                try:
+                    super().__init__()
+                except BaseException:
+                    self.close()  # pyroute2 leaves its event loop open when the kernel has no IPVS
+                    raise
+
         try:
-            self._socket = IPVS()
+            self._socket = Socket()
         except (NetlinkError, OSError) as error:
             code = getattr(error, "code", None) or getattr(error, "errno", None) or 0
             if code in (errno.ENOENT, errno.EOPNOTSUPP):
