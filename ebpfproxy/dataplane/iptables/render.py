@@ -397,11 +397,11 @@ def balance(service: Service, pool: Pool, context: Context) -> Rules:
 
 def _shares(service: Service, pool: Pool) -> list[str]:
     """Return the match of each backend: which part of what comes to its rule it takes."""
-    is_weighted = service.scheduler is Scheduler.WRR
-    weights = [each.weight if is_weighted else 1 for each in pool.backends]
+    is_even = service.scheduler is Scheduler.RR
+    weights = [1 if is_even else each.weight for each in pool.backends]
     left, shares = sum(weights), []
     for weight in weights[:-1]:
-        if service.scheduler is Scheduler.RR:
+        if is_even:
             share = f"--mode nth --every {left} --packet 0"
         else:
             share = f"--mode random --probability {weight / left:.10f}"
