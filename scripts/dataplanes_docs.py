@@ -22,7 +22,7 @@ SWITCHING = """
 `ebpfproxy check` says of each mode why this machine can't run it. The log, `ebpfproxy status` ("passed over")
 and the metric `ebpfproxy_mode_passed_over` say it of those that `auto` could not use.
 
-More on [nftables](nftables.md) and [userspace](userspace.md).
+More on [nftables](nftables.md), [ipvs](ipvs.md), [iptables](iptables.md) and [userspace](userspace.md).
 
 ## Switching
 

@@ -55,7 +55,12 @@ FEATURES = (
         {"bpf": "sock_lb looks at TCP and UDP sockets", "userspace": "Python has no SCTP sockets"},
     ),
     Feature("dual-stack", "IPv4, IPv6, dual stack"),
-    Feature("policies", "traffic policies Cluster and Local; from the node and its pods always Cluster"),
+    Feature("policies", "traffic policies Cluster and Local"),
+    Feature(
+        "short-circuit",
+        "under externalTrafficPolicy Local, the node and its pods reach endpoints of all nodes",
+        {"ipvs": "as in kube-proxy, only if there is none on this node"},
+    ),
     Feature("terminating", "terminating endpoints, topology hints, publishNotReadyAddresses"),
     Feature(
         "reject", "a Service without endpoints is refused at once; policy Local without local ones drops"
@@ -88,11 +93,11 @@ FEATURES = (
         "one-affinity",
         "TCP affinity outlives a restart of the agent",
     ),
-    Feature("random", "scheduler random"),
+    Feature("random", "scheduler random", {"ipvs": "IPVS has none: rr is used"}),
     Feature(
         "random-weights",
         "weights for scheduler random",
-        {"iptables": "as kube-proxy's, it knows none; use wrr"},
+        {"ipvs": "rr is used, which has none; use wrr"},
     ),
     Feature("rr", "scheduler rr"),
     Feature(

@@ -68,7 +68,10 @@ ANSWERED = [
     Row("external IP", EVERYWHERE, known.EXTERNAL, 80, ALL),
     Row("load balancer", EVERYWHERE, known.BALANCED, 80, ALL),
     Row("external policy Local, from outside", ("outside",), NODE_IPS, 30017, LOCAL),
-    Row("external policy Local, from here", EVERYWHERE[:3], NODE_IPS, 30017, ALL),
+    Row(
+        *("external policy Local, from here", EVERYWHERE[:3], NODE_IPS, 30017, ALL),
+        needs=("short-circuit",),
+    ),
     Row("external policy Local, cluster IP", EVERYWHERE[:3], known.LOCAL_EXTERNAL, 80, ALL),
     Row("external policy Local, none local, from here", EVERYWHERE[:3], NODE_IPS, 30019, frozenset({"pod3"})),
     Row("internal policy Local", EVERYWHERE[:3], known.LOCAL_INTERNAL, 80, LOCAL),
