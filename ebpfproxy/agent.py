@@ -26,7 +26,7 @@ from ebpfproxy.alarm import Alarm
 from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
 from ebpfproxy.model.objects import Node, ObjectKey
-from ebpfproxy.model.services import DesiredState, NodePortAddresses, Scheduler
+from ebpfproxy.model.services import DesiredState, Forwarding, NodePortAddresses, Scheduler
 from ebpfproxy.resolve.allocate import AllocationOptions, Allocator, GivenByServer
 from ebpfproxy.resolve.resolver import ResolveOptions, Resolver, node_context
 from ebpfproxy.source.feed import Feed
@@ -75,6 +75,7 @@ class Options(msgspec.Struct, frozen=True):
     devices: tuple[str, ...] = ()
     xdp_mode: str = ""  # auto | native | generic | off
     xdp_devices: tuple[str, ...] = ()
+    forwarding: str = ""  # one of Forwarding
     state_dir: Path = STATE_DIR
     bpffs: Path | None = None
     map_sizes: dict[str, int] = {}
@@ -101,6 +102,7 @@ class Options(msgspec.Struct, frozen=True):
             devices=self.devices or file.devices,
             xdp_mode=self.xdp_mode or file.xdp_mode,
             xdp_devices=self.xdp_devices or file.xdp_devices,
+            forwarding=Forwarding(self.forwarding or file.forwarding),
             map_sizes=file.map_sizes | self.map_sizes,
             listen_addresses=config.parse_listen("--listen", self.listen) or file.listen_addresses,
             log_format=self.log_format or file.log_format,
@@ -407,7 +409,7 @@ class Agent:
         resolution = self._resolver.resolve(
             objects,
             node_context(objects, self.node_name),
-            ResolveOptions(self._scheduler(), self.settings.maglev_size),
+            ResolveOptions(self._scheduler(), self.settings.maglev_size, self.settings.forwarding),
             None if changed is None else allocation.changed,
         )
         self._must_compare = self._feed.is_new = False

@@ -19,7 +19,7 @@ import msgspec
 
 from ebpfproxy.errors import ConfigError
 from ebpfproxy.feature_gates import without_effect
-from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZE, MAGLEV_SIZES, Forwarding, Scheduler
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
@@ -146,6 +146,7 @@ class _Extras(_Schema, frozen=True):
     iptables_variant: str = ""
     maglev_table_size: int = MAGLEV_SIZE
     userspace: _Userspace = _Userspace()
+    forwarding: str = ""
 
 
 class _File(_Schema, frozen=True):
@@ -201,6 +202,7 @@ class Config(msgspec.Struct, frozen=True):
     scheduler: Scheduler = Scheduler.RANDOM
     is_scheduler_named: bool = False  # else the mode's usual one counts
     maglev_size: int = MAGLEV_SIZE
+    forwarding: Forwarding = Forwarding.SNAT
     masquerade_all: bool = False
     masquerade_bit: int = 14  # of the packet mark; for dataplanes that are made of netfilter rules
     min_sync_s: float = 0.0
@@ -402,6 +404,8 @@ def _config(file: _File) -> Config:
     for name, size in extras.map_sizes.items():
         if not 0 < size < 2**32:
             raise ConfigError(f"ebpfproxy.mapSizes.{name}: {size} is not a number of entries (1 to 2^32 - 1)")
+    if extras.forwarding not in ("", *Forwarding):
+        raise ConfigError(f"ebpfproxy.forwarding: {extras.forwarding!r} is none of {', '.join(Forwarding)}")
     if extras.maglev_table_size not in MAGLEV_SIZES:
         sizes = ", ".join(map(str, MAGLEV_SIZES))
         raise ConfigError(f"ebpfproxy.maglevTableSize: {extras.maglev_table_size} is none of {sizes}")
@@ -427,6 +431,7 @@ def _config(file: _File) -> Config:
         scheduler=scheduler,
         is_scheduler_named=bool(file.ipvs.scheduler),
         maglev_size=extras.maglev_table_size,
+        forwarding=Forwarding(extras.forwarding or defaults.forwarding),
         masquerade_all=masquerade.masquerade_all,
         masquerade_bit=masquerade.masquerade_bit,
         min_sync_s=section.min_sync_period,

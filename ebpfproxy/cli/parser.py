@@ -291,6 +291,12 @@ def _verbs(commands: _Commands) -> None:
         help="mode userspace: serve Services' ports on these addresses; needs no privileges, and rules lead "
         "nothing else there",
     )
+    run.add_argument(
+        "--forwarding",
+        choices=("snat", "dsr", "hybrid"),
+        help="how traffic from outside gets to backends on other nodes: from this node's address, or "
+        "encapsulated, with the replies straight to the client; hybrid: TCP so (default: snat)",
+    )
     _state_dir(run)
     _bpffs(run)
     run.add_argument(

@@ -30,6 +30,7 @@ def options(arguments: argparse.Namespace) -> agent.Options:
         devices=arguments.devices or (),
         xdp_mode=arguments.xdp_mode,
         xdp_devices=arguments.xdp_devices or (),
+        forwarding=arguments.forwarding or "",
         state_dir=arguments.state_dir,
         bpffs=arguments.bpffs,
         map_sizes=dict(arguments.map_size),

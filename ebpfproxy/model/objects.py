@@ -27,6 +27,7 @@ LABEL_HOSTNAME = "kubernetes.io/hostname"
 MIRRORING_CONTROLLER = "endpointslicemirroring-controller.k8s.io"
 ANNOTATION_SCHEDULER = "ebpfproxy.io/scheduler"
 ANNOTATION_WEIGHTS = "ebpfproxy.io/weights"
+ANNOTATION_FORWARDING = "ebpfproxy.io/forwarding"
 ANNOTATION_MAGLEV_SIZE = "ebpfproxy.io/maglev-table-size"
 
 

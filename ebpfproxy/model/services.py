@@ -55,6 +55,14 @@ MAGLEV_SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
 MAGLEV_SIZE = 16381
 
 
+class Forwarding(enum.StrEnum):
+    """How a packet from outside gets to a backend on another node, where every node may be asked."""
+
+    SNAT = "snat"  # from this node's address; the replies come back to it
+    DSR = "dsr"  # encapsulated, as it is; the replies go straight to the client
+    HYBRID = "hybrid"  # TCP as dsr, the others as snat
+
+
 class Readiness(enum.StrEnum):
     """What an endpoint's conditions amount to."""
 
@@ -130,6 +138,9 @@ class Service(msgspec.Struct, frozen=True):
     health_check_node_port: int = 0
     type: str = "ClusterIP"  # as in the object, for people
     maglev_size: int = MAGLEV_SIZE  # slots of a table of scheduler maglev
+    is_dsr: bool = (
+        False  # outside traffic under policy Cluster: Forwarding.DSR; backends differ by address then
+    )
 
     def policy(self, kind: FrontendKind, *, is_external: bool) -> Policy:
         """Return the traffic policy for a frontend of ``kind``, by where the traffic comes from.

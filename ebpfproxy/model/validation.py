@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy.model import addresses
 from ebpfproxy.model.objects import (
+    ANNOTATION_FORWARDING,
     ANNOTATION_MAGLEV_SIZE,
     ANNOTATION_SCHEDULER,
     ANNOTATION_WEIGHTS,
@@ -27,7 +28,7 @@ from ebpfproxy.model.objects import (
     Service,
     ServicePort,
 )
-from ebpfproxy.model.services import MAGLEV_SIZES, Scheduler
+from ebpfproxy.model.services import MAGLEV_SIZES, Forwarding, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -379,6 +380,8 @@ def _annotations(errors: _Errors, metadata: ObjectMeta) -> None:
         errors.one_of(f"metadata.annotations[{ANNOTATION_SCHEDULER}]", name, tuple(Scheduler))
     if (size := metadata.annotations.get(ANNOTATION_MAGLEV_SIZE)) is not None:
         errors.one_of(f"metadata.annotations[{ANNOTATION_MAGLEV_SIZE}]", size, tuple(map(str, MAGLEV_SIZES)))
+    if (name := metadata.annotations.get(ANNOTATION_FORWARDING)) is not None:
+        errors.one_of(f"metadata.annotations[{ANNOTATION_FORWARDING}]", name, tuple(Forwarding))
     if (text := metadata.annotations.get(ANNOTATION_WEIGHTS)) is not None:
         try:
             parse_weights(text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 from ebpfproxy.model import addresses
 from ebpfproxy.model.objects import (
+    ANNOTATION_FORWARDING,
     ANNOTATION_MAGLEV_SIZE,
     ANNOTATION_SCHEDULER,
     ANNOTATION_WEIGHTS,
@@ -22,6 +24,7 @@ from ebpfproxy.model.services import (
     MAGLEV_SIZE,
     Backend,
     Empty,
+    Forwarding,
     Frontend,
     FrontendKind,
     Policy,
@@ -61,6 +64,7 @@ class ResolveOptions(msgspec.Struct, frozen=True):
     # Of Services without the annotation:
     scheduler: Scheduler = Scheduler.RANDOM
     maglev_size: int = MAGLEV_SIZE
+    forwarding: Forwarding = Forwarding.SNAT
 
 
 # A VIP and port that only one Service can have: address (EVERY_NODE_ADDRESS for a NodePort), port, protocol.
@@ -137,6 +141,10 @@ def build(
         for port in spec.ports:
             found, hints = _merge(service, port, in_family, node, weights, refused)
             backends, cluster, local = _pools(found, hints, node)
+            is_dsr = _asks_for_dsr(service, port, options)
+            if is_dsr and (shared := _shared_address(backends)):
+                problems.append(_dsr_problem(service, port, shared))
+                is_dsr = False
             services.append(
                 Service(
                     ServiceName(service.metadata.namespace, service.metadata.name, port.name, family),
@@ -154,6 +162,7 @@ def build(
                     health_check,
                     spec.type,
                     _maglev_size(service, options),
+                    is_dsr,
                 )
             )
     return tuple(services), problems
@@ -207,6 +216,32 @@ def _scheduler(service: KubernetesService, options: ResolveOptions) -> Scheduler
 
 def _maglev_size(service: KubernetesService, options: ResolveOptions) -> int:
     return int(service.metadata.annotations.get(ANNOTATION_MAGLEV_SIZE, options.maglev_size))
+
+
+def _asks_for_dsr(service: KubernetesService, port: ServicePort, options: ResolveOptions) -> bool:
+    """Return whether outside traffic of a port may go to other nodes, and shall be encapsulated then."""
+    spec = service.spec
+    if spec.external_traffic_policy == Policy.LOCAL or (spec.type == "ClusterIP" and not spec.external_ips):
+        return False
+    name = service.metadata.annotations.get(ANNOTATION_FORWARDING, options.forwarding)
+    return name == Forwarding.DSR or (name == Forwarding.HYBRID and port.protocol == Protocol.TCP)
+
+
+def _shared_address(backends: Sequence[Backend]) -> str:
+    """Return an address that two backends, sorted by address, have; "" if there is none.
+
+    The node that gets an encapsulated packet knows the backend by the address that it was sent to.
+    """
+    return next((one.address for one, other in pairwise(backends) if one.address == other.address), "")
+
+
+def _dsr_problem(service: KubernetesService, port: ServicePort, shared: str) -> Problem:
+    return Problem(
+        *key_of(service),
+        f"metadata.annotations[{ANNOTATION_FORWARDING}]",
+        f"port {port.name or port.port}: dsr needs endpoints of different addresses, {shared} has two ports: "
+        "snat is used",
+    )
 
 
 def _affinity_s(service: KubernetesService) -> int:

@@ -13,7 +13,7 @@ import yaml
 
 from ebpfproxy.errors import InvalidObject
 from ebpfproxy.model.objects import Object, ObjectKey, Problem, Service, decode, expand, key_of, problems_of
-from ebpfproxy.model.services import Backend, Frontend, Policy, Readiness, Scheduler
+from ebpfproxy.model.services import Backend, Forwarding, Frontend, Policy, Readiness, Scheduler
 from ebpfproxy.model.services import Service as ModelService
 from ebpfproxy.resolve import (
     AllocationOptions,
@@ -32,6 +32,7 @@ SECTIONS = {
     "given",
     "expect",
     "settings",
+    "forwarding",
     "endpoints",
     "allocated",
     "environment",
@@ -110,6 +111,15 @@ def settings_table(services: tuple[ModelService, ...]) -> str:
     return "\n".join(rows)
 
 
+def forwarding_table(services: tuple[ModelService, ...]) -> str:
+    rows = ["SERVICE  FAMILY  PROTOCOL  FORWARDING"]
+    rows += [
+        f"{each.name}  IPv{each.name.family}  {each.protocol}  {'dsr' if each.is_dsr else 'snat'}"
+        for each in services
+    ]
+    return "\n".join(rows)
+
+
 def endpoints_table(services: tuple[ModelService, ...]) -> str:
     rows = ["SERVICE  ENDPOINT  STATE  NODE  ZONE  NOTES"]
     rows += [
@@ -167,6 +177,7 @@ def run(sections: dict[str, Section]) -> dict[str, str]:
     objects, problems = load(sections["given"].text)
     options: dict[str, Any] = yaml.safe_load(sections["options"].text) if "options" in sections else {}
     scheduler = Scheduler(options.pop("scheduler", "random"))
+    forwarding = Forwarding(options.pop("forwarding", "snat"))
     repairs: tuple[str, ...] = ()
     if options:
         ledger = yaml.safe_load(sections["ledger"].text) if "ledger" in sections else {}
@@ -174,12 +185,15 @@ def run(sections: dict[str, Section]) -> dict[str, str]:
         objects, repairs = dict(allocation.objects), allocation.repairs
         problems += allocation.problems
     node = sections["node"].argument.split() if "node" in sections else ["n1"]
-    resolution = Resolver().resolve(objects, NodeContext(*node), ResolveOptions(scheduler))
+    resolution = Resolver().resolve(
+        objects, NodeContext(*node), ResolveOptions(scheduler, forwarding=forwarding)
+    )
     problems += resolution.problems
     namespace = sections["environment"].argument if "environment" in sections else ""
     return {
         "expect": expect_table(resolution.services),
         "settings": settings_table(resolution.services),
+        "forwarding": forwarding_table(resolution.services),
         "endpoints": endpoints_table(resolution.services),
         "allocated": allocated_table(objects),
         "environment": "\n".join(

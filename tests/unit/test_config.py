@@ -9,7 +9,7 @@ import pytest
 
 from ebpfproxy import config
 from ebpfproxy.errors import ConfigError
-from ebpfproxy.model.services import Scheduler
+from ebpfproxy.model.services import Forwarding, Scheduler
 
 HEAD = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
 
@@ -184,6 +184,7 @@ def test_not_a_duration(text: str) -> None:
         ({"ebpfproxy": {"loader": "bcc", "devices": ["eth*"]}}, {"loader": "bcc", "devices": ("eth*",)}),
         ({"ebpfproxy": {"mapSizes": {"slots": 1024}}}, {"map_sizes": {"slots": 1024}}),
         ({"ebpfproxy": {"maglevTableSize": 251}}, {"maglev_size": 251}),
+        ({"ebpfproxy": {"forwarding": "hybrid"}}, {"forwarding": Forwarding.HYBRID}),
         (
             {"ebpfproxy": {"serviceClusterIPRange": "10.0.0.0/24,fd01::/112"}},
             {"service_cluster_ip_ranges": ("10.0.0.0/24", "fd01::/112")},
@@ -304,6 +305,7 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ({"ebpfproxy": {"loader": "ld"}}, "ebpfproxy.loader: 'ld'"),
         ({"ebpfproxy": {"deviceAttachment": "xdp"}}, "ebpfproxy.deviceAttachment: 'xdp'"),
         ({"ebpfproxy": {"mapSizes": {"slots": 0}}}, "ebpfproxy.mapSizes.slots: 0"),
+        ({"ebpfproxy": {"forwarding": "DSR"}}, "ebpfproxy.forwarding: 'DSR' is none of snat, dsr, hybrid"),
         ({"ebpfproxy": {"maglevTableSize": 256}}, "ebpfproxy.maglevTableSize: 256 is none of 251, 509, "),
         ({"ebpfproxy": {"serviceNodePortRange": "9-8"}}, "ebpfproxy.serviceNodePortRange: '9-8'"),
     ],
