@@ -10,33 +10,55 @@
  * known by its first pair of addresses: no multihoming. AH can't be translated.
  */
 #include "platform.h"
+#include "dsr.h"
 #include "parse.h"
 #include "reject.h"
 #include "rewrite.h"
 #include "send.h"
-#include "track.h"
+#include "tunnel.h"
 
 LICENSE("Dual BSD/GPL");
 
 /* Whether the packet is larger than the route takes. What the kernel batched (GSO) it cuts again. */
 static __always_inline bool exceeds(struct __sk_buff *skb, const struct packet *packet,
-				    const struct next_hop *hop)
+				    const struct flow *flow)
 {
 	__u32 size = ip_size(packet);
 
 	/* At most 60 bytes of TCP header stand before each part. */
 	if (skb->gso_size)
 		size = packet->l4 - packet->l3 + sizeof(struct tcphdr) + skb->gso_size;
-	return is_too_big(hop, size);
+	if (!parts_shrink(skb, packet))
+		size += tunnel_growth(packet, flow);
+	return is_too_big(&flow->hop, size);
 }
 
 /* Why a packet can't be sent on to its next hop; VERDICT_CONTINUE: it can. */
 static __always_inline enum verdict check_hop(struct __sk_buff *skb, const struct packet *packet,
-					      const struct next_hop *hop)
+					      const struct flow *flow)
 {
 	if (packet->hops <= 1)
 		return VERDICT_HOPS;
-	return exceeds(skb, packet, hop) ? VERDICT_TOO_BIG : VERDICT_CONTINUE;
+	return exceeds(skb, packet, flow) ? VERDICT_TOO_BIG : VERDICT_CONTINUE;
+}
+
+/* Turns to the packet inside, if the one outside may come from another node (dsr.h). */
+static __always_inline enum verdict look_inside(struct __sk_buff *skb, struct origin *origin)
+{
+	struct scratch *room = origin->room;
+	struct packet *packet = &room->packet;
+	__u32 size = packet->l4_size;
+	enum verdict verdict;
+
+	/* The VLAN's own device sees it again. */
+	if (!is_tunnelled(packet) || skb->vlan_present)
+		return VERDICT_CONTINUE;
+	room->outer_src = packet->flow.src;
+	room->outer_dst = packet->flow.dst;
+	origin->outer = packet->l4 - packet->l3;
+	packet->l3 = packet->l4;
+	verdict = packet->version == IP4_VERSION ? parse_ip4(skb, packet) : parse_ip6(skb, packet);
+	return verdict || ip_size(packet) > size ? VERDICT_NOT_OURS : VERDICT_CONTINUE;
 }
 
 static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *origin, __u64 now,
@@ -45,16 +67,21 @@ static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *o
 	struct packet *packet = &origin->room->packet;
 	enum verdict verdict;
 	struct vip *vip;
-	__u32 kinds;
+	__u32 kinds = 0;
 
-	verdict = parse_addresses(skb, packet);
+	verdict = forget_path(origin->room, parse_addresses(skb, packet));
+	verdict = forget_path(origin->room, verdict ?: look_inside(skb, origin));
 	if (verdict)
 		return verdict;
-	vip = map_lookup(vips, &packet->flow.dst);
-	if (!vip)
-		return VERDICT_NOT_OURS;
-	kinds = vip->kinds;
+	if (!origin->outer) {
+		vip = map_lookup(vips, &packet->flow.dst);
+		if (!vip)
+			return VERDICT_NOT_OURS;
+		kinds = vip->kinds;
+	}
 	verdict = forget_path(origin->room, parse_ports(skb, packet));
+	if (origin->outer)
+		return verdict ? VERDICT_NOT_OURS : track_received(origin, now, flow);
 	return verdict ?: track(origin, kinds, now, flow);
 }
 
@@ -77,20 +104,26 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 	verdict = forget_path(room, find(skb, &origin, now, &flow));
 	if (!is_translated(verdict) || !flow)
 		return verdict;
-	if (flow->flags & FLOW_SNAT) {
+	if (flow->flags & (FLOW_SNAT | FLOW_DSR)) {
 		renew_hop(&origin, flow, now);
 		is_forwarded = flow->hop.kind != HOP_HERE;
-		problem = is_forwarded ? check_hop(skb, packet, &flow->hop) : VERDICT_CONTINUE;
+		if (!is_forwarded && flow->flags & FLOW_DSR)
+			return VERDICT_NO_ROUTE;
+		problem = is_forwarded ? check_hop(skb, packet, flow) : VERDICT_CONTINUE;
 		if (problem)
 			return problem;
 	}
 	if (verdict != VERDICT_NEW)
 		count_packet(packet, flow);
-	if (!rewrite(skb, room, flow))
+	if (origin.outer && !unwrap(skb, packet, origin.outer))
+		return VERDICT_REWRITE_FAILED;
+	if (!(flow->flags & FLOW_DSR) && !rewrite(skb, room, flow))
 		return VERDICT_REWRITE_FAILED;
 	if (!is_forwarded)
 		return verdict;
 	if (!take_hop(skb, packet))
+		return VERDICT_REWRITE_FAILED;
+	if (flow->flags & FLOW_DSR && !wrap(skb, packet, flow))
 		return VERDICT_REWRITE_FAILED;
 	room->action = send_on(skb, packet, &flow->hop, origin.is_renewed);
 	return room->action == TC_ACT_SHOT ? VERDICT_REWRITE_FAILED : verdict;

@@ -8,8 +8,9 @@
  * tags, options, next hops whose neighbour has to be found. So XDP is speed alone, and may be off.
  */
 #include "platform.h"
+#include "dsr.h"
 #include "frame.h"
-#include "track.h"
+#include "tunnel_frame.h"
 
 LICENSE("Dual BSD/GPL");
 
@@ -22,15 +23,44 @@ static __always_inline enum verdict forward(struct xdp_md *ctx, struct origin *o
 	struct next_hop *hop = &flow->hop;
 
 	renew_hop(origin, flow, now);
-	if (!xdp_can_send(origin, packet, hop) || hop_is_aged(hop, now))
+	if (!xdp_can_send(origin, packet, flow) || hop_is_aged(hop, now))
 		return VERDICT_CONTINUE;
-	if (!write_frame(ctx, packet, flow, true))
+	if (!(flow->flags & FLOW_DSR ? wrap_frame(ctx, packet, flow)
+				     : write_frame(ctx, packet, flow, true)))
 		return VERDICT_CONTINUE;
 	write_macs(ctx, hop);
 	if (verdict != VERDICT_NEW)
 		count_packet(packet, flow);
 	*action = hop->device == origin->device ? XDP_TX : bpf_redirect(hop->device, 0);
 	return verdict;
+}
+
+static __always_inline enum verdict find(struct xdp_md *ctx, struct origin *origin, __u64 *now,
+					 struct flow **flow)
+{
+	struct scratch *room = origin->room;
+	struct packet *packet = &room->packet;
+	void *l4 = read_addresses(ctx, packet);
+	__u32 size = packet->l4_size;
+	struct vip *vip;
+
+	if (!l4)
+		return VERDICT_CONTINUE;
+	if (is_tunnelled(packet)) {
+		room->outer_src = packet->flow.src;
+		room->outer_dst = packet->flow.dst;
+		origin->outer = tunnel_size(packet->version);
+		l4 = read_inside(ctx, packet);
+		if (!l4 || ip_size(packet) > size || !read_ports(ctx, packet, l4))
+			return VERDICT_CONTINUE;
+		*now = bpf_ktime_get_ns();
+		return track_received(origin, *now, flow);
+	}
+	vip = map_lookup(vips, &packet->flow.dst);
+	if (!vip || !read_ports(ctx, packet, l4))
+		return VERDICT_CONTINUE;
+	*now = bpf_ktime_get_ns();
+	return track(origin, vip->kinds, *now, flow);
 }
 
 static __always_inline enum verdict translate(struct xdp_md *ctx, struct scratch *room, int *action)
@@ -45,20 +75,15 @@ static __always_inline enum verdict translate(struct xdp_md *ctx, struct scratch
 	struct packet *packet = &room->packet;
 	struct flow *flow = NULL;
 	enum verdict verdict;
-	struct vip *vip;
-	__u64 now;
+	__u64 now = 0;
 
-	if (!read_frame(ctx, packet))
-		return VERDICT_CONTINUE;
-	vip = map_lookup(vips, &packet->flow.dst);
-	if (!vip)
-		return VERDICT_CONTINUE;
-	now = bpf_ktime_get_ns();
-	verdict = track(&origin, vip->kinds, now, &flow);
+	verdict = find(ctx, &origin, &now, &flow);
 	if (!is_translated(verdict) || !flow)
 		return is_refusal(verdict) && !is_rejection(verdict) ? verdict : VERDICT_CONTINUE;
-	if (flow->flags & FLOW_SNAT)
+	if (flow->flags & (FLOW_SNAT | FLOW_DSR))
 		return forward(ctx, &origin, flow, verdict, now, action);
+	if (origin.outer && !unwrap_frame(ctx, packet, origin.outer))
+		return VERDICT_CONTINUE;
 	if (!write_frame(ctx, packet, flow, false))
 		return VERDICT_CONTINUE;
 	if (verdict != VERDICT_NEW)

@@ -99,6 +99,7 @@ enum service_flag {
 	SERVICE_SOURCE_RANGES = 4,	/* only sources in map source_ranges may enter here */
 	SERVICE_SNAT = 8,		/* to a backend on another node: a source that may be elsewhere becomes this node's */
 	SERVICE_SNAT_ALL = 16,		/* to every backend */
+	SERVICE_DSR = 32,		/* to a backend on another node: as it is, in an IP packet of this node */
 };
 
 /* Value of map services. One update of it switches a frontend to another set of backends. */
@@ -226,6 +227,12 @@ struct backend_hop {
 	__u8 pad[4];
 };
 
+/* Key of hash dsr_backends: where an encapsulated packet for a service was sent to. Value: __u32 backend id. */
+struct dsr_backend_key {
+	struct addr address;		/* of a backend on this node */
+	__u32 service;
+};
+
 /* Key of hash node_sources: which address of this node packets out of a device get. Value: struct addr. */
 struct node_source_key {
 	__u32 device;			/* ifindex; 0: any device without an address of its own */
@@ -266,6 +273,8 @@ enum flow_state {
 enum flow_flag {
 	FLOW_SNAT = 1,			/* the source, too: both directions leave by a next hop */
 	FLOW_LOCAL = 2,			/* the backend is on this node */
+	FLOW_DSR = 4,			/* not at all: encapsulated, from src to dst; there is no other direction */
+	FLOW_DSR_IN = 8,		/* came encapsulated from another node */
 };
 
 /* Value of maps conntrack and new_flows. */
@@ -317,6 +326,8 @@ struct scratch {
 	__s32 action;			/* TC_ACT_* */
 	__u32 pad;
 	__u32 sctp_change;		/* old ports XOR new ones, still to be added to the checksum */
+	struct addr outer_src;		/* of a packet that came encapsulated */
+	struct addr outer_dst;
 	struct flow flow;
 	struct flow_key twin_key;
 	struct flow twin;

@@ -6,7 +6,7 @@
  *			when it is full: a flood of openings pushes out other openings only.
  *	conntrack	from then on. It forgets nothing by itself; full, flows stay among the new ones.
  *
- * The two entries are twins: each can be computed from the other, so what was evicted or deleted from one side
+ * FLOW_DSR has one entry only: its replies don't pass here. Else the two are twins: each can be computed from the other, so what was evicted or deleted from one side
  * is made again by the next packet of the other, at the once-a-second touch.
  */
 #ifndef EBPFPROXY_CONNTRACK_H
@@ -72,17 +72,36 @@ static __always_inline struct flow *find_flow(const struct flow_key *key, bool *
 	return flow ?: map_lookup(new_flows, key);
 }
 
+static __always_inline bool has_twin(const struct flow *flow)
+{
+	return !(flow->flags & FLOW_DSR);
+}
+
 static __always_inline void delete_flow(const struct flow_key *key)
 {
 	if (map_delete(conntrack, key))
 		map_delete(new_flows, key);
 }
 
-static __always_inline __u8 state_bits(const struct packet *packet)
+/* What a packet says of a flow whose replies don't pass here. The client goes on: it was answered. It ends: the
+ * backend's end is not seen, as in IPVS (ip_vs_proto_tcp.c, input only).
+ */
+static __always_inline __u8 one_way_bits(const struct packet *packet)
+{
+	if (packet->events & EVENT_RESET)
+		return FLOW_RESET;
+	if (packet->events & EVENT_FIN)
+		return FLOW_REPLIED | FLOW_FIN_BOTH;
+	return packet->events & EVENT_OPEN ? 0 : FLOW_REPLIED;
+}
+
+static __always_inline __u8 state_bits(const struct packet *packet, const struct flow *flow)
 {
 	bool is_forward = packet->flow.dir == FLOW_FORWARD;
 	__u8 bits = is_forward ? 0 : FLOW_REPLIED;
 
+	if (!has_twin(flow))
+		return one_way_bits(packet);
 	if (packet->events & EVENT_FIN)
 		bits |= is_forward ? FLOW_FIN_FORWARD : FLOW_FIN_REPLY;
 	if (packet->events & EVENT_RESET)
@@ -129,7 +148,7 @@ static __always_inline void note_packet(struct scratch *room, struct flow *flow,
 {
 	const struct packet *packet = &room->packet;
 	const struct flow_key *key = &packet->flow;
-	__u8 before = flow->state, after = before | state_bits(packet);
+	__u8 before = flow->state, after = before | state_bits(packet, flow);
 	struct flow *twin;
 
 	if (after == before && now - flow->last_seen_ns < TOUCH_NS)
@@ -139,6 +158,8 @@ static __always_inline void note_packet(struct scratch *room, struct flow *flow,
 	add_counts(packet, flow);
 	if (is_closed(after) && !is_closed(before))
 		close_backend(flow->backend);
+	if (!has_twin(flow))
+		return;
 	make_twin_key(key, flow, &room->twin_key);
 	twin = is_new ? map_lookup(new_flows, &room->twin_key)
 		      : map_lookup(conntrack, &room->twin_key);
@@ -166,7 +187,7 @@ static __always_inline struct flow *establish(struct scratch *room, struct flow 
 		make_twin(key, flow, &room->twin);
 		twin = &room->twin;
 	}
-	if (map_update(conntrack, &room->twin_key, twin, BPF_ANY))
+	if (has_twin(flow) && map_update(conntrack, &room->twin_key, twin, BPF_ANY))
 		return flow;
 	if (map_update(conntrack, key, flow, BPF_ANY)) {
 		map_delete(conntrack, &room->twin_key);
@@ -229,8 +250,10 @@ static __always_inline bool is_bypass(const struct packet *packet, const struct 
 static __always_inline void remove_flow(struct scratch *room, struct flow *flow)
 {
 	end_flow(flow);
-	make_twin_key(&room->packet.flow, flow, &room->twin_key);
-	delete_flow(&room->twin_key);
+	if (has_twin(flow)) {
+		make_twin_key(&room->packet.flow, flow, &room->twin_key);
+		delete_flow(&room->twin_key);
+	}
 	delete_flow(&room->packet.flow);
 }
 

@@ -15,8 +15,10 @@
 /* Whether the `size` bytes from `start` on are there. */
 #define frame_holds(start, size, end) ((void *)(start) + (size) <= (end))
 
-static __always_inline bool read_ports(struct packet *packet, void *l4, void *end)
+/* Finishes what read_addresses() began; false: not a frame for XDP. */
+static __always_inline bool read_ports(struct xdp_md *ctx, struct packet *packet, void *l4)
 {
+	void *end = (void *)(long)ctx->data_end;
 	struct tcphdr *tcp = l4;
 	struct udphdr *udp = l4;
 
@@ -40,55 +42,65 @@ static __always_inline bool read_ports(struct packet *packet, void *l4, void *en
 	}
 }
 
-/* Fills `packet`; false: not a frame for XDP. */
-static __always_inline bool read_frame(struct xdp_md *ctx, struct packet *packet)
+/* Reads the IP header at `l3` and returns what is behind it; NULL: not for XDP. */
+static __always_inline void *read_ip(struct xdp_md *ctx, struct packet *packet, bool is_v4,
+				     __u32 l3)
 {
 	void *start = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct ethhdr *eth = start;
-	struct ipv6hdr *ip6 = start + FRAME_L3;
-	struct iphdr *ip4 = start + FRAME_L3;
+	struct ipv6hdr *ip6 = start + l3;
+	struct iphdr *ip4 = start + l3;
 	__u32 size, header;
-	void *l4;
 
-	if (!frame_holds(ip4, sizeof(*ip4), end))
-		return false;
-	if (eth->h_proto == bpf_htons(ETHERTYPE_IP4)) {
+	if (is_v4) {
+		if (!frame_holds(ip4, sizeof(*ip4), end))
+			return NULL;
 		size = bpf_ntohs(ip4->tot_len);
 		header = sizeof(*ip4);
-		l4 = ip4 + 1;
 		if (ip4->version != IP4_VERSION || ip4->ihl != IP4_HEADER_MIN ||
 		    ip4->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET))
-			return false;
+			return NULL;
 		addr_set_v4(&packet->flow.src, ip4->saddr);
 		addr_set_v4(&packet->flow.dst, ip4->daddr);
 		packet->version = IP4_VERSION;
 		packet->next = ip4->protocol;
 		packet->hops = ip4->ttl;
-	} else if (eth->h_proto == bpf_htons(ETHERTYPE_IP6)) {
+	} else {
 		if (!frame_holds(ip6, sizeof(*ip6), end) || ip6->version != IP6_VERSION)
-			return false;
+			return NULL;
 		size = bpf_ntohs(ip6->payload_len) + sizeof(*ip6);
 		header = sizeof(*ip6);
-		l4 = ip6 + 1;
 		__builtin_memcpy(&packet->flow.src, &ip6->saddr, sizeof(packet->flow.src));
 		__builtin_memcpy(&packet->flow.dst, &ip6->daddr, sizeof(packet->flow.dst));
 		packet->version = IP6_VERSION;
 		packet->next = ip6->nexthdr;
 		packet->hops = ip6->hop_limit;
-	} else {
-		return false;
 	}
 	/* Cut short, or in several buffers. */
-	if (size < header || start + FRAME_L3 + size > end)
-		return false;
-	packet->l3 = FRAME_L3;
-	packet->l4 = FRAME_L3 + header;
+	if (size < header || start + l3 + size > end)
+		return NULL;
+	packet->l3 = l3;
+	packet->l4 = l3 + header;
 	packet->l4_size = size - header;
+	packet->is_fragment = 0;
 	packet->count = 1;
 	packet->flow.proto = packet->next;
 	packet->flow.pad[0] = 0;
 	packet->flow.pad[1] = 0;
-	return read_ports(packet, l4, end);
+	return start + l3 + header;
+}
+
+/* Reads addresses; returns what is behind the IP header; NULL: not a frame for XDP. */
+static __always_inline void *read_addresses(struct xdp_md *ctx, struct packet *packet)
+{
+	struct ethhdr *eth = (void *)(long)ctx->data;
+
+	if (!frame_holds(eth, sizeof(*eth), (void *)(long)ctx->data_end))
+		return NULL;
+	if (eth->h_proto == bpf_htons(ETHERTYPE_IP4))
+		return read_ip(ctx, packet, true, FRAME_L3);
+	if (eth->h_proto == bpf_htons(ETHERTYPE_IP6))
+		return read_ip(ctx, packet, false, FRAME_L3);
+	return NULL;
 }
 
 /* One's complement sum (RFC 1071) with `from` taken out and `to` put in (RFC 1624, equation 3). */

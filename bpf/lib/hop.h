@@ -25,6 +25,7 @@ struct origin {
 	__u32 device;
 	bool is_xdp;
 	bool can_forward; /* false: another device sees the packet again, and sends it on */
+	__u32 outer; /* bytes of IP header that another node put in front; 0: none */
 	bool is_renewed; /* an aged hop was looked up: this packet has to go through the kernel's neighbour code */
 };
 
@@ -133,8 +134,11 @@ static __always_inline void renew_hop(struct origin *origin, struct flow *flow, 
 		return;
 	if (packet->flow.dir == FLOW_FORWARD) {
 		way = backend_way(origin, flow->backend, &packet->flow.src, &flow->dst, now);
-		if (way)
+		if (way) {
 			flow->hop = way->hop;
+			if (flow->flags & FLOW_DSR)
+				flow->src = way->source;
+		}
 	} else if (!is_known || !origin->is_xdp) {
 		origin->is_renewed = is_known;
 		find_hop(origin, &flow->src, &flow->dst, now, &flow->hop);

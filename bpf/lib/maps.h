@@ -15,6 +15,7 @@ MAP(backends, ARRAY, __u32, struct backend, 262144, BPF_F_MMAPABLE);
 MAP(source_ranges, LPM_TRIE, struct source_range_key, __u32, 65536, BPF_F_NO_PREALLOC);
 MAP(local_sources, LPM_TRIE, struct local_source_key, __u32, 4096, BPF_F_NO_PREALLOC);
 MAP(node_sources, HASH, struct node_source_key, struct addr, 8192, BPF_F_NO_PREALLOC);
+MAP(dsr_backends, HASH, struct dsr_backend_key, __u32, 65536, BPF_F_NO_PREALLOC);
 MAP(xdp_devices, HASH, __u32, __u32, 4096, BPF_F_NO_PREALLOC);
 MAP(epochs, ARRAY, __u32, struct epoch, 1, BPF_F_MMAPABLE);
 MAP(service_names, HASH, __u32, struct service_name, 65536, BPF_F_NO_PREALLOC);

@@ -26,6 +26,14 @@ static __always_inline bool is_snat_port(const struct packet *packet)
 	       (number >= config.snat_port_min && number <= config.snat_port_max);
 }
 
+/* Whether it goes to another node as it is. A hairpin does not: the backend would answer itself. */
+static __always_inline bool needs_dsr(const struct service *service, const struct backend *backend,
+				      const struct addr *client, bool is_own)
+{
+	return service->flags & SERVICE_DSR && !is_own && !(backend->flags & BACKEND_LOCAL) &&
+	       !addr_equal(client, &backend->address);
+}
+
 /* Whether the source has to become ours. The agent says what a frontend asks for, by its traffic policy and kind. */
 static __always_inline bool needs_snat(const struct service *service, const struct backend *backend,
 				       const struct addr *client, bool is_own)
@@ -94,6 +102,9 @@ static __always_inline enum verdict add_flow(struct scratch *room)
 {
 	const struct flow_key *key = &room->packet.flow;
 
+	if (!has_twin(&room->flow))
+		return map_update(new_flows, key, &room->flow, BPF_ANY) ? VERDICT_MAP_FULL
+									: VERDICT_CONTINUE;
 	make_twin_key(key, &room->flow, &room->twin_key);
 	make_twin(key, &room->flow, &room->twin);
 	if (room->flow.flags & FLOW_SNAT) {

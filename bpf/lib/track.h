@@ -6,6 +6,7 @@
 #ifndef EBPFPROXY_TRACK_H
 #define EBPFPROXY_TRACK_H
 
+#include "ipip.h"
 #include "snat.h"
 #include "verdict.h"
 
@@ -30,10 +31,12 @@ static __always_inline enum verdict refuse(struct origin *origin, const struct s
 
 /* Whether XDP itself can send a packet of this size and TTL on. */
 static __always_inline bool xdp_can_send(struct origin *origin, const struct packet *packet,
-					 const struct next_hop *hop)
+					 const struct flow *flow)
 {
+	const struct next_hop *hop = &flow->hop;
+
 	return hop->kind == HOP_FORWARD && (hop->is_xdp || hop->device == origin->device) &&
-	       !is_too_big(hop, ip_size(packet)) && packet->hops > 1;
+	       !is_too_big(hop, ip_size(packet) + tunnel_growth(packet, flow)) && packet->hops > 1;
 }
 
 /* Fills the forward value of a new flow to `backend`. */
@@ -45,7 +48,7 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 	struct flow *flow = &origin->room->flow;
 	const struct flow_key *key = &packet->flow;
 	struct backend_hop *way;
-	bool is_counted = true;
+	bool is_counted = true, is_dsr = needs_dsr(service, backend, &key->src, is_own);
 
 	__builtin_memset(flow, 0, sizeof(*flow));
 	flow->src = key->src;
@@ -57,7 +60,7 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 	flow->last_seen_ns = now;
 	if (backend->flags & BACKEND_LOCAL)
 		flow->flags = FLOW_LOCAL;
-	if (needs_snat(service, backend, &key->src, is_own)) {
+	if (is_dsr || needs_snat(service, backend, &key->src, is_own)) {
 		if (!origin->can_forward)
 			return VERDICT_NOT_OURS;
 		way = backend_way(origin, id, &key->src, &backend->address, now);
@@ -67,10 +70,10 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 		if (way->hop.kind != HOP_HERE) {
 			if (addr_is_any(&way->source))
 				return VERDICT_SNAT_FULL;
-			flow->flags |= FLOW_SNAT;
+			flow->flags |= is_dsr ? FLOW_DSR : FLOW_SNAT;
 			flow->src = way->source;
 			flow->hop = way->hop;
-			is_counted = !origin->is_xdp || xdp_can_send(origin, packet, &flow->hop);
+			is_counted = !origin->is_xdp || xdp_can_send(origin, packet, flow);
 		}
 	}
 	/* What XDP does not send itself is counted by tc. */
@@ -118,6 +121,15 @@ static __always_inline enum verdict begin_flow(struct origin *origin, __u32 kind
 	return VERDICT_NEW;
 }
 
+/* Notes a packet of a known flow. Returns the flow's entry, where it is now. */
+static __always_inline struct flow *go_on(struct origin *origin, struct flow *flow, bool is_new,
+					  __u64 now)
+{
+	note_packet(origin->room, flow, is_new, now);
+	return is_new && is_established(&origin->room->packet, flow) ? establish(origin->room, flow)
+								     : flow;
+}
+
 /* Finds the flow of a packet to an address of map vips, or begins one. VERDICT_NEW, VERDICT_ESTABLISHED,
  * VERDICT_REPLY (of a translated source): *found says how to translate it, and packet->flow.dir which way it goes.
  */
@@ -142,10 +154,7 @@ static __always_inline enum verdict track(struct origin *origin, __u32 kinds, __
 		return VERDICT_NOT_OURS;
 	flow = find_flow(&packet->flow, &is_new);
 	if (flow && !is_over(packet, flow, now)) {
-		note_packet(origin->room, flow, is_new, now);
-		if (is_new && is_established(packet, flow))
-			flow = establish(origin->room, flow);
-		*found = flow;
+		*found = go_on(origin, flow, is_new, now);
 		return VERDICT_ESTABLISHED;
 	}
 	if (flow)

@@ -168,6 +168,7 @@ class Node:
             "source_ranges",
             "local_sources",
             "node_sources",
+            "dsr_backends",
             "conntrack",
             "new_flows",
             "affinity",

@@ -157,6 +157,13 @@ class Flow(NamedTuple):
     hop: bytes
 
 
+class DsrBackendKey(NamedTuple):
+    """Key of map dsr_backends."""
+
+    address: bytes
+    service: int
+
+
 class NodeSourceKey(NamedTuple):
     """Key of map node_sources."""
 
@@ -269,6 +276,7 @@ AFFINITY_KEY = Layout("affinity_key", AffinityKey)
 AFFINITY = Layout("affinity", AffinityValue)
 SOURCE_RANGE_KEY = Layout("source_range_key", SourceRangeKey)
 LOCAL_SOURCE_KEY = Layout("local_source_key", LocalSourceKey)
+DSR_BACKEND_KEY = Layout("dsr_backend_key", DsrBackendKey)
 NODE_SOURCE_KEY = Layout("node_source_key", NodeSourceKey)
 VERDICT_COUNT = Layout("verdict_count", VerdictCount)
 U32 = struct.Struct("=I")

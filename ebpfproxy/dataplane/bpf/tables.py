@@ -14,6 +14,7 @@ from ebpfproxy.dataplane.bpf import schedulers
 from ebpfproxy.dataplane.bpf.ids import IdAllocator, SlotAllocator, full
 from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND,
+    DSR_BACKEND_KEY,
     LOCAL_SOURCE_KEY,
     NODE_SOURCE_KEY,
     PROTOCOL_NUMBER,
@@ -51,6 +52,7 @@ NAMES = (
     "service_names",
     "backends",
     "slots",
+    "dsr_backends",
     "source_ranges",
     "local_sources",
     "node_sources",
@@ -110,6 +112,7 @@ class RenderedService(NamedTuple):
     source_ranges: tuple[tuple[int, bytes], ...]  # (bits, address)
     affinity_s: int
     scheduler: int
+    is_dsr: bool
 
 
 def name_bytes(service: Service) -> bytes:
@@ -135,7 +138,7 @@ def _flags(
         if masquerade.all or (masquerade.outside and is_external):
             flags |= lib.SERVICE_SNAT_ALL
     elif service.policy(kind, is_external=is_external) is Policy.CLUSTER:
-        flags |= lib.SERVICE_SNAT
+        flags |= lib.SERVICE_DSR if service.is_dsr else lib.SERVICE_SNAT
     if service.policy(kind, is_external=is_external) is Policy.LOCAL:
         flags |= lib.SERVICE_LOCAL
     if kind is FrontendKind.LOAD_BALANCER and service.has_source_ranges:
@@ -201,6 +204,7 @@ def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> R
         source_ranges=tuple([pack_prefix(cidr) for cidr in service.source_ranges]),
         affinity_s=service.affinity_s,
         scheduler=schedulers.CODE[service.scheduler],
+        is_dsr=service.is_dsr,
     )
 
 
@@ -211,7 +215,17 @@ def _frontend_address(frontend: Frontend, family: int) -> bytes:
 class _Entry:
     """What one Service occupies: ids, slot ranges and the keys it claims."""
 
-    __slots__ = ("backends", "frontends", "id", "name", "ranges", "service", "source_ranges", "vips")
+    __slots__ = (
+        "backends",
+        "dsr_backends",
+        "frontends",
+        "id",
+        "name",
+        "ranges",
+        "service",
+        "source_ranges",
+        "vips",
+    )
 
     def __init__(self, name: bytes, number: int) -> None:
         self.name = name
@@ -222,6 +236,7 @@ class _Entry:
         self.frontends: set[bytes] = set()
         self.vips: frozenset[tuple[bytes, int]] = frozenset()
         self.source_ranges: set[bytes] = set()
+        self.dsr_backends: set[bytes] = set()
 
 
 class _Claims:
@@ -479,9 +494,15 @@ class Tables:
             sources = {
                 SOURCE_RANGE_KEY.pack(32 + bits, number, address) for bits, address in rendered.source_ranges
             }
+            sent_to = {
+                DSR_BACKEND_KEY.pack(key[:16], number): U32.pack(ids[key])
+                for key, (_, _, flags) in rendered.backends.items()
+                if rendered.is_dsr and flags & lib.BACKEND_LOCAL
+            }
             self._check_room("services", [frontend.key for frontend in rendered.frontends])
             self._check_room("vips", {address for address, _ in rendered.vips})
             self._check_room("source_ranges", sources)
+            self._check_room("dsr_backends", sent_to)
         except MapFullError:
             self._service_ids.release(*new_service)
             self._backend_ids.release(*new_backends)
@@ -495,6 +516,7 @@ class Tables:
         self._set_ranges(entry, ranges)
         self._set_frontends(entry, rendered, bases)
         self._set_sources(entry, sources)
+        self._set_dsr_backends(entry, sent_to)
         if entry.service is not None:
             self._seen.pop(id(entry.service), None)
         entry.service = service
@@ -570,6 +592,12 @@ class Tables:
             self.want("source_ranges", key, None)
         entry.source_ranges = sources
 
+    def _set_dsr_backends(self, entry: _Entry, sent_to: Table) -> None:
+        self.want_all("dsr_backends", sent_to)
+        for key in entry.dsr_backends - sent_to.keys():
+            self.want("dsr_backends", key, None)
+        entry.dsr_backends = set(sent_to)
+
     def _remove(self, entry: _Entry) -> None:
         """Want no frontend of this entry; its ids stay until nothing refers to its backends."""
         for key in entry.frontends:
@@ -579,6 +607,7 @@ class Tables:
         entry.vips = frozenset()
         self._set_ranges(entry, {})
         self._set_sources(entry, set())
+        self._set_dsr_backends(entry, {})
         for key in entry.backends:
             self._retire_backend(entry, key)
         if entry.service is not None:
@@ -665,6 +694,11 @@ class Tables:
             if entry is not None:
                 entry.source_ranges.add(key)
                 self.want("source_ranges", key, _USED)
+        for key, value in self.have["dsr_backends"].items():
+            entry = self._by_id.get(DSR_BACKEND_KEY.read(key).service)
+            if entry is not None:
+                entry.dsr_backends.add(key)
+                self.want("dsr_backends", key, value)
 
     def _take_over_frontend(self, key: bytes, value: bytes) -> None:
         service = SERVICE.read(value)

@@ -113,7 +113,7 @@ class BackendRow(msgspec.Struct, frozen=True):
 class ConnectionRow(msgspec.Struct, frozen=True):
     """One translated flow or socket."""
 
-    kind: str  # forwarded | socket
+    kind: str  # forwarded | dsr (encapsulated to another node) | dsr-in (came so from one) | socket
     protocol: str
     client: str  # ADDRESS:PORT, or the socket's cookie
     vip: str
@@ -419,7 +419,7 @@ def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Conne
         key, flow = FLOW_KEY.read(key_bytes), FLOW.read(value)
         if key.dir == lib.FLOW_FORWARD:
             yield ConnectionRow(
-                kind="forwarded",
+                kind=_flow_kind(flow.flags),
                 protocol=_protocol(key.proto),
                 client=endpoint(key.src, key.sport),
                 vip=endpoint(key.dst, key.dport),
@@ -428,6 +428,12 @@ def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Conne
                 state=_flow_state(flow.state),
                 idle_s=_idle_s(flow.last_seen_ns),
             )
+
+
+def _flow_kind(flags: int) -> str:
+    if flags & lib.FLOW_DSR:
+        return "dsr"
+    return "dsr-in" if flags & lib.FLOW_DSR_IN else "forwarded"
 
 
 def _flow_state(state: int) -> str:

@@ -1,0 +1,437 @@
+"""Direct server return: what leaves the node that was asked, what the backend's node makes of it, and the reply.
+
+Oracles: RFC 2003 and RFC 2473 for the outer header, RFC 6040 for its traffic class, scapy for every checksum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
+from scapy.layers.l2 import Ether
+from scapy.layers.sctp import SCTP, SCTPChunkInit
+from scapy.packet import Packet, Raw, raw
+
+from ebpfproxy.libbpf import ffi, lib
+from packets.node import (
+    TC_ACT_REDIRECT,
+    TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
+    V4,
+    Backend,
+    Family,
+    Node,
+    Service,
+    finished,
+    frame,
+    number,
+    packed,
+    struct_of,
+    to_bytes,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.root
+
+PORT, BACKEND_PORT, CLIENT_PORT, NODE_PORT = 80, 8080, 40000, 30080
+HERE_MAC, THERE_MAC = "02:00:00:00:00:0a", "02:00:00:00:00:0b"
+#: Actions of XDP programs, linux/bpf.h.
+XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3
+#: Bytes of the outer header.
+SIZE = {4: 20, 6: 40}
+OTHER_NODE = {4: "203.0.113.99", 6: "2001:db8:5::99"}
+
+
+def l4(proto: str, flags: str = "S") -> Packet:
+    match proto:
+        case "TCP":
+            return TCP(sport=CLIENT_PORT, dport=PORT, flags=flags)
+        case "UDP":
+            return UDP(sport=CLIENT_PORT, dport=PORT)
+        case _:
+            return SCTP(sport=CLIENT_PORT, dport=PORT) / SCTPChunkInit(init_tag=1)
+
+
+class Result(NamedTuple):
+    """What a program did."""
+
+    verdict: str  # "" = XDP left it to tc
+    does: str  # pass | drop | send
+    frame: Packet
+
+
+class Driver:
+    """Runs frames through one of the two programs that see them first."""
+
+    def __init__(self, node: Node, program: str) -> None:
+        self.node, self.program = node, program
+
+    @property
+    def is_xdp(self) -> bool:
+        return self.program == "xdp_lb"
+
+    def __call__(self, packet: Packet) -> Result:
+        before = self.node.verdicts()
+        result = self.node.loaded.programs[self.program].run(bytes(packet))
+        after = self.node.verdicts()
+        counted = [name for name, count in after.items() for _ in range(count - before[name])]
+        assert len(counted) <= 1
+        assert counted or self.is_xdp
+        actions = {
+            True: {XDP_PASS: "pass", XDP_DROP: "drop", XDP_TX: "send"},
+            False: {TC_ACT_UNSPEC: "pass", TC_ACT_SHOT: "drop", TC_ACT_REDIRECT: "send"},
+        }
+        return Result("".join(counted), actions[self.is_xdp][result.retval], Ether(result.data))
+
+
+@pytest.fixture(params=["tc_ingress", "xdp_lb"])
+def driver(node: Node, request: pytest.FixtureRequest) -> Driver:
+    if request.param not in node.loaded.programs:
+        pytest.skip("this loader has no XDP")
+    return Driver(node, request.param)
+
+
+def way(node: Node, backend: int, family: Family, *, mtu: int = 1500, kind: int = lib.HOP_FORWARD) -> None:
+    """Let the next hop to a backend be known, out of the device that the packet came through."""
+    value = struct_of("backend_hop", source=family.node)
+    hop = value.hop
+    hop.device, hop.mtu, hop.kind, hop.until = 1, mtu, kind, 2**31 - 1
+    for name, mac in (("to_mac", THERE_MAC), ("from_mac", HERE_MAC)):
+        ffi.memmove(getattr(hop, name), bytes.fromhex(mac.replace(":", "")), 6)
+    node.map("backend_hops").update(number(backend), to_bytes(value))
+
+
+def entry_node(node: Node, family: Family, proto: str = "TCP", **options: Any) -> Service:
+    """Make the node one that has none of the backends."""
+    made = node.service(
+        family.vip,
+        PORT,
+        family.backends[:1],
+        proto=proto,
+        kind=lib.VIP_LOAD_BALANCER,
+        flags=lib.SERVICE_DSR,
+        **options,
+    )
+    way(node, made.backends[0], family)
+    return made
+
+
+def backend_node(node: Node, family: Family, proto: str = "TCP", **options: Any) -> Service:
+    """Make the node the one that has the backend."""
+    options = {"vip": family.vip, "port": PORT, "kind": lib.VIP_LOAD_BALANCER} | options
+    flags = options.pop("flags", 0)
+    local = Backend(family.backends[0], flags=lib.BACKEND_LOCAL)
+    made = node.service(backends=[local], proto=proto, flags=flags | lib.SERVICE_DSR, **options)
+    key = struct_of("dsr_backend_key", address=family.backends[0], service=made.id)
+    node.map("dsr_backends").update(to_bytes(key), number(made.backends[0]))
+    return made
+
+
+def request_to(family: Family, proto: str = "TCP", dst: str = "", flags: str = "S", **fields: Any) -> Packet:
+    """Return a packet of the client, as it leaves its last router."""
+    made = frame(
+        family, l4(proto, flags), family.client, dst or family.vip, b"" if proto == "SCTP" else b"hello"
+    )
+    for name, value in fields.items():
+        setattr(made[family.layer], name, value)
+    return finished(made)
+
+
+def hops(packet: Packet, change: int) -> Packet:
+    """Return the IP packet with another TTL."""
+    copy = packet.copy()
+    name = "ttl" if IP in copy else "hlim"
+    setattr(copy, name, getattr(copy, name) + change)
+    if IP in copy:
+        copy[IP].delfieldval("chksum")
+    return copy
+
+
+def encapsulated(family: Family, inner: Packet, src: str = "", label: int = 0, **fields: Any) -> Packet:
+    """Return an IP packet in another one, as RFC 2003 or RFC 2473 has it."""
+    src = src or family.node
+    inside = Raw(raw(inner))
+    if family.version == 4:
+        layer = IP(src=src, dst=family.backends[0], proto=4, ttl=64, id=0, flags="DF", tos=inner.tos)
+    else:
+        layer = IPv6(src=src, dst=family.backends[0], nh=41, hlim=64, tc=inner.tc, fl=label)
+    for name, value in fields.items():
+        setattr(layer, name, value)
+    return layer / inside
+
+
+def arriving(family: Family, inner: Packet, **fields: Any) -> Packet:
+    """Return the frame that the backend's node gets."""
+    src = fields.pop("src", OTHER_NODE[family.version])
+    return Ether(raw(Ether(src=THERE_MAC, dst=HERE_MAC) / encapsulated(family, inner, src, **fields)))
+
+
+class TestEntry:
+    """The node that the client's packet comes to."""
+
+    @pytest.mark.parametrize("proto", ["TCP", "UDP", "SCTP"])
+    def test_the_packet_leaves_as_it_is_in_another_one(
+        self, driver: Driver, family: Family, proto: str
+    ) -> None:
+        entry_node(driver.node, family, proto)
+        packet = request_to(family, proto)
+        result = driver(packet)
+        if proto == "SCTP" and driver.is_xdp:
+            assert result == Result("", "pass", packet)  # left to tc
+            return
+        assert (result.verdict, result.does) == ("NEW", "send")
+        label = result.frame.fl if family.version == 6 else 0
+        inner = hops(packet[family.layer], -1)
+        expected = Ether(src=HERE_MAC, dst=THERE_MAC) / encapsulated(family, inner, label=label)
+        assert raw(result.frame) == raw(expected)
+
+    def test_the_whole_connection_takes_this_way_with_one_entry(self, driver: Driver, family: Family) -> None:
+        service = entry_node(driver.node, family)
+        for flags, verdict, is_open in [
+            ("S", "NEW", 1),
+            ("S", "ESTABLISHED", 1),
+            ("A", "ESTABLISHED", 1),
+            ("PA", "ESTABLISHED", 1),
+            ("FA", "ESTABLISHED", 0),
+            ("A", "ESTABLISHED", 0),
+        ]:
+            result = driver(request_to(family, flags=flags))
+            assert (result.verdict, result.does) == (verdict, "send")
+            assert result.frame[family.layer].dst == family.backends[0]
+            (flow,) = driver.node.flows().values()
+            assert flow.flags == lib.FLOW_DSR
+            assert driver.node.backend_stats(service.backends[0])[1] == is_open
+
+    def test_an_answered_flow_is_safe_from_a_flood(self, driver: Driver, family: Family) -> None:
+        entry_node(driver.node, family)
+        driver(request_to(family))
+        assert len(list(driver.node.map("conntrack").items())) == 0
+        driver(request_to(family, flags="A"))
+        assert len(list(driver.node.map("conntrack").items())) == 1
+        assert len(list(driver.node.map("new_flows").items())) == 0
+
+    def test_the_traffic_class_is_seen_outside(self, driver: Driver, family: Family) -> None:
+        entry_node(driver.node, family)
+        field = "tos" if family.version == 4 else "tc"
+        result = driver(request_to(family, **{field: 0xB9}))  # EF, ECT(1)
+        assert getattr(result.frame[family.layer], field) == 0xB9
+
+    def test_a_local_backend_is_not_encapsulated(self, driver: Driver, family: Family) -> None:
+        backend_node(driver.node, family)
+        packet = request_to(family)
+        result = driver(packet)
+        assert (result.verdict, result.does) == ("NEW", "pass")
+        assert raw(result.frame) == translated(packet, dst=family.backends[0], dport=BACKEND_PORT)
+
+    @pytest.mark.parametrize(
+        ("size", "does"),
+        [(1500, "send"), (1501, "drop")],
+    )
+    def test_mtu_counts_the_outer_header(self, driver: Driver, family: Family, size: int, does: str) -> None:
+        entry_node(driver.node, family)
+        headers = 2 * SIZE[family.version] + 20
+        packet = finished(frame(family, l4("TCP"), family.client, family.vip, b"x" * (size - headers)))
+        result = driver(packet)
+        if driver.is_xdp and does == "drop":
+            assert result == Result("", "pass", packet)  # tc answers
+        else:
+            assert result.does == does
+            assert result.verdict == {"send": "NEW", "drop": "TOO_BIG"}[does]
+
+    def test_a_backend_that_calls_itself_needs_its_source_translated(
+        self, node: Node, family: Family
+    ) -> None:
+        entry_node(node, family)
+        packet = finished(frame(family, l4("TCP"), family.backends[0], family.vip))
+        result = Driver(node, "tc_ingress")(packet)
+        assert result.does == "send"
+        assert result.frame[family.layer].src == family.node
+        assert TCP in result.frame
+
+    def test_no_way_to_the_backend(self, node: Node, family: Family) -> None:
+        service = entry_node(node, family)
+        Driver(node, "tc_ingress")(request_to(family))
+        way(node, service.backends[0], family, kind=lib.HOP_HERE)
+        ((key, flow),) = node.flows().items()
+        flow.hop.kind = lib.HOP_UNKNOWN
+        node.map("new_flows").update(key, to_bytes(flow))
+        assert Driver(node, "tc_ingress")(request_to(family)).verdict == "NO_ROUTE"
+
+
+class TestBackendsNode:
+    """The node that has the backend."""
+
+    @pytest.mark.parametrize("proto", ["TCP", "UDP", "SCTP"])
+    def test_the_backend_gets_the_clients_packet(self, driver: Driver, family: Family, proto: str) -> None:
+        backend_node(driver.node, family, proto)
+        packet = request_to(family, proto)
+        frame_in = arriving(family, packet[family.layer])
+        result = driver(frame_in)
+        if proto == "SCTP" and driver.is_xdp:
+            assert result == Result("", "pass", frame_in)
+            return
+        assert (result.verdict, result.does) == ("NEW", "pass")
+        expected = packet.copy()
+        expected.src, expected.dst = THERE_MAC, HERE_MAC
+        assert raw(result.frame) == translated(expected, dst=family.backends[0], dport=BACKEND_PORT)
+
+    @pytest.mark.parametrize("proto", ["TCP", "UDP", "SCTP"])
+    def test_the_reply_comes_from_the_vip(self, node: Node, family: Family, proto: str) -> None:
+        backend_node(node, family, proto)
+        assert node.ingress(arriving(family, request_to(family, proto)[family.layer])).verdict == "NEW"
+        answer = l4(proto, "SA")
+        answer.sport, answer.dport = BACKEND_PORT, CLIENT_PORT
+        packet = finished(frame(family, answer, family.backends[0], family.client))
+        outcome = node.egress(packet)
+        assert outcome.verdict == "REPLY"
+        assert raw(outcome.packet) == translated(packet, src=family.vip, sport=PORT)
+
+    def test_a_node_port_of_the_other_node(self, driver: Driver, family: Family) -> None:
+        backend_node(driver.node, family, vip=family.any, port=NODE_PORT, kind=lib.VIP_NODE)
+        other = OTHER_NODE[family.version]
+        packet = request_to(family, dst=other)
+        packet[TCP].dport = NODE_PORT
+        packet = finished(packet)
+        result = driver(arriving(family, packet[family.layer]))
+        assert (result.verdict, result.does) == ("NEW", "pass")
+        assert result.frame[family.layer].dst == family.backends[0]
+        answer = TCP(sport=BACKEND_PORT, dport=CLIENT_PORT, flags="SA")
+        reply = driver.node.egress(finished(frame(family, answer, family.backends[0], family.client)))
+        assert (reply.packet[family.layer].src, reply.packet[TCP].sport) == (other, NODE_PORT)
+
+    def test_what_was_there_before_goes_on(self, driver: Driver, family: Family) -> None:
+        service = backend_node(driver.node, family)
+        inner = request_to(family)[family.layer]
+        assert driver(arriving(family, inner)).verdict == "NEW"
+        assert driver(arriving(family, request_to(family, flags="A")[family.layer])).verdict == "ESTABLISHED"
+        # The client's way changes to this node itself, and back.
+        assert driver(request_to(family, flags="PA")).verdict == "ESTABLISHED"
+        assert driver(arriving(family, request_to(family, flags="PA")[family.layer])).verdict == "ESTABLISHED"
+        assert driver.node.backend_stats(service.backends[0]) == (1, 1)
+
+    def test_a_connection_in_its_middle_goes_on(self, driver: Driver, family: Family) -> None:
+        backend_node(driver.node, family)
+        result = driver(arriving(family, request_to(family, flags="PA")[family.layer]))
+        assert (result.verdict, result.does) == ("NEW", "pass")
+
+    def test_source_ranges_hold_here_too(self, driver: Driver, family: Family) -> None:
+        backend_node(driver.node, family, flags=lib.SERVICE_SOURCE_RANGES)
+        result = driver(arriving(family, request_to(family)[family.layer]))
+        assert (result.verdict, result.does) == ("DROP_SOURCE", "drop")
+
+
+def no_backend_here(node: Node, family: Family) -> None:
+    node.map("dsr_backends").delete_batch([key for key, _ in node.map("dsr_backends").items()])
+
+
+FOREIGN = [
+    "no Service",
+    "another port",
+    "to a backend of another node",
+    "from a pod",
+    "to itself",
+    "a fragment outside",
+    "options outside",
+    "another version inside",
+    "cut short inside",
+    "longer inside than outside",
+    "nothing inside",
+]
+
+
+def foreign(what: str, node: Node, family: Family) -> Packet:
+    """Return a frame with a tunnelled packet that is not ours."""
+    packet = request_to(family)
+    layer = family.layer
+    options: dict[str, Any] = {}
+    match what:
+        case "no Service":
+            packet = request_to(family, dst=family.other_vip)
+        case "another port":
+            packet[TCP].dport = 81
+        case "to a backend of another node":
+            options["dst"] = family.backends[1]
+        case "from a pod":
+            node.local_source(family.pods)
+            options["src"] = family.pod
+        case "to itself":
+            packet[layer].src = family.backends[0]
+        case "cut short inside":
+            return Ether(raw(arriving(family, packet[layer]))[: -len(packet[TCP]) + 4])
+        case "longer inside than outside":
+            whole = arriving(family, packet[layer])
+            field = "len" if family.version == 4 else "plen"
+            setattr(whole[layer], field, getattr(whole[layer], field) - 1)
+            return Ether(raw(finished_ip(whole)))
+        case "nothing inside":
+            return Ether(raw(arriving(family, packet[layer]))[: 14 + SIZE[family.version]])
+        case "a fragment outside" if family is V4:
+            options["flags"] = "MF"
+        case "options outside" if family is V4:
+            options["options"] = b"\x01\x01\x01\x01"
+        case "a fragment outside" | "options outside":
+            inner = Raw(raw(finished(packet)[layer]))
+            outer = IPv6(src=OTHER_NODE[6], dst=family.backends[0]) / IPv6ExtHdrDestOpt(nh=41) / inner
+            return Ether(raw(Ether(src=THERE_MAC, dst=HERE_MAC) / outer))
+        case "another version inside":
+            inner = (
+                IPv6(src="2001:db8::1", dst="2001:db8::2")
+                if family is V4
+                else IP(src="192.0.2.1", dst="192.0.2.2")
+            )
+            whole = arriving(family, packet[layer])
+            field = "proto" if family is V4 else "nh"
+            setattr(whole[layer], field, 41 if family is V4 else 4)
+            whole[layer].remove_payload()
+            return Ether(raw(finished_ip(whole / Raw(raw(inner / packet[TCP])))))
+    return arriving(family, finished(packet)[layer], **options)
+
+
+def finished_ip(packet: Packet) -> Packet:
+    """Return the packet with the outer header's checksum made anew."""
+    if packet.getlayer(1).name == "IP":
+        packet[IP].delfieldval("chksum")
+    return packet
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_other_tunnels_are_left_alone(driver: Driver, family: Family, what: str) -> None:
+    backend_node(driver.node, family)
+    packet = foreign(what, driver.node, family)
+    result = driver(packet)
+    assert result.does == "pass"
+    assert result.verdict in {"NOT_OURS", "TRUNCATED", "UNKNOWN_L4", ""}
+    assert raw(result.frame) == raw(packet)
+    assert driver.node.flows() == {}
+
+
+def test_a_service_that_is_not_forwarded_so_takes_nothing_out(driver: Driver, family: Family) -> None:
+    backend_node(driver.node, family)
+    no_backend_here(driver.node, family)
+    packet = arriving(family, request_to(family)[family.layer])
+    assert raw(driver(packet).frame) == raw(packet)
+
+
+@pytest.fixture
+def hop_by_hop(driver: Driver, family: Family) -> Iterator[tuple[Packet, Packet]]:
+    """A request, and what the backend gets of it after both nodes."""
+    entry_node(driver.node, family)
+    packet = request_to(family)
+    sent = driver(packet).frame
+    driver.node.__init__(driver.node.loaded)  # type: ignore[misc]  # now it is the other node
+    backend_node(driver.node, family)
+    yield packet, driver(sent).frame
+
+
+def test_from_the_client_to_the_backend(family: Family, hop_by_hop: tuple[Packet, Packet]) -> None:
+    packet, got = hop_by_hop
+    expected = packet.copy()
+    expected.src, expected.dst = HERE_MAC, THERE_MAC
+    expected = Ether(raw(expected.__class__(src=HERE_MAC, dst=THERE_MAC) / hops(packet[family.layer], -1)))
+    assert raw(got) == translated(expected, dst=family.backends[0], dport=BACKEND_PORT)
+    assert packed(got[family.layer].src) == packed(family.client)
