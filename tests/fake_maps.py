@@ -45,6 +45,7 @@ LIMITS = {
     "source_ranges": 32,
     "local_sources": 8,
     "node_sources": 8,
+    "dsr_backends": 32,
 }
 ELEMENT = {
     "backends": BACKEND.size,
@@ -119,6 +120,7 @@ def service(
     family: int = 4,
     affinity_s: int = 0,
     source_ranges: tuple[str, ...] = (),
+    is_dsr: bool = False,
 ) -> Service:
     """Return a Service whose pools follow from its backends as SERVICES.md section 4 says."""
     every = tuple(sorted(backends, key=lambda b: (b.address, b.port)))
@@ -146,6 +148,7 @@ def service(
         affinity_s=affinity_s,
         source_ranges=source_ranges,
         has_source_ranges=bool(source_ranges),
+        is_dsr=is_dsr,
     )
 
 

@@ -39,7 +39,7 @@ static __always_inline enum verdict begin_received(struct origin *origin, __u64 
 	sent.service = service->id;
 	id = map_lookup(dsr_backends, &sent);
 	backend = id ? map_lookup(backends, id) : NULL;
-	if (!backend)
+	if (!backend || !is_same_backend(backend, service->id, &room->outer_dst, backend->port))
 		return VERDICT_NOT_OURS;
 	if (service->flags & SERVICE_SOURCE_RANGES && !in_source_ranges(service->id, &key->src))
 		return refuse(origin, service, VERDICT_DROP_SOURCE);

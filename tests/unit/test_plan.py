@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpfproxy.dataplane.bpf.layouts import (
+    BACKEND,
     BACKEND_STATS,
+    DSR_BACKEND_KEY,
     SERVICE,
     SERVICE_KEY,
     SERVICE_NAME,
@@ -77,6 +79,7 @@ def services(draw: st.DrawFn, number: int) -> Service:
         scheduler=draw(st.sampled_from([Scheduler.RR, Scheduler.WRR, Scheduler.SH, Scheduler.LC])),
         external_policy=draw(st.sampled_from(Policy)),
         source_ranges=draw(st.sampled_from([(), ("203.0.113.0/24",), ("198.51.100.0/24",)])),
+        is_dsr=draw(st.booleans()),
     )
 
 
@@ -168,6 +171,24 @@ def test_a_source_that_may_enter_before_and_after_is_never_refused(
                 name = names[entry.id].rstrip(b"\0").decode()
                 present = {(key.prefixlen - 32, key.source) for key in keys if key.service == entry.id}
                 assert any(present >= each[name] for each in ranges if each.get(name))
+
+
+@settings(max_examples=60, deadline=None)
+@given(states(), states())
+def test_an_encapsulated_packet_never_meets_another_backend_than_it_was_sent_to(
+    old: DesiredState, new: DesiredState
+) -> None:
+    maps = fake_maps()
+    tables = Tables({}, LIMITS)
+    program(tables, maps, old)
+    for step in single_writes(plan_for(tables, new)):
+        apply([step], maps)
+        for key, value in maps["dsr_backends"].entries.items():
+            sent_to, number = DSR_BACKEND_KEY.read(key), U32.unpack(value)[0]
+            backend = BACKEND.read(maps["backends"].memory[number * BACKEND.size :][: BACKEND.size])
+            assert (backend.address, backend.service) == (sent_to.address, sent_to.service)
+    local = {(str(s.name), b.address) for s in new.services if s.is_dsr for b in s.backends if b.is_local}
+    assert len(maps["dsr_backends"].entries) == len(local)
 
 
 @settings(max_examples=60, deadline=None)

@@ -114,11 +114,12 @@ def make_plan(deltas: Mapping[str, Delta[Any, bytes]]) -> list[Step]:
     put("service_names")
     write("backends", BACKEND.size, usable.items())
     write("slots", SLOT_SIZE, deltas["slots"].upsert.items())
-    for name in ("dsr_backends", "source_ranges", "local_sources", "node_sources", "services", "vips"):
+    for name in ("source_ranges", "local_sources", "node_sources", "services", "vips"):
         put(name)
     for name in ("vips", "services", "node_sources", "local_sources", "source_ranges", "dsr_backends"):
         drop(name)
     write("backends", BACKEND.size, others.items())
+    put("dsr_backends")  # leads to backends in any state
     write("backend_stats", BACKEND_STATS.size, ((number, _NO_BACKEND_STATS) for number in backends.delete))
     write("backends", BACKEND.size, ((number, _FREE) for number in backends.delete))
     names = deltas["service_names"].delete
