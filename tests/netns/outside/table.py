@@ -64,6 +64,7 @@ class Case:
     spec: dict[str, Any]
     endpoints: dict[str, dict[str, bool]]
     rows: list[Row]
+    annotations: dict[str, str] = field(default_factory=dict)
     hints: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     transports: tuple[str, ...] = ("tcp", "udp")
@@ -102,7 +103,7 @@ class Case:
         has_node_ports = self.spec.get("allocateLoadBalancerNodePorts", True)
         ports = [port | ({"nodePort": self.node_port} if has_node_ports else {}) for port in PORTS]
         spec = {"externalIPs": list(self.external_ips), **self.spec}
-        made = service(self.name, *ports, ips=self.cluster_ips, **spec)
+        made = service(self.name, *ports, ips=self.cluster_ips, annotations=self.annotations, **spec)
         ingress = [{"ip": address} for address in self.load_balancers]
         made["status"] = self.status or {"loadBalancer": {"ingress": ingress}}
         slices = []
