@@ -185,7 +185,7 @@ def test_an_encapsulated_packet_never_meets_another_backend_than_it_was_sent_to(
         apply([step], maps)
         for key, value in maps["dsr_backends"].entries.items():
             sent_to, number = DSR_BACKEND_KEY.read(key), U32.unpack(value)[0]
-            backend = BACKEND.read(maps["backends"].memory[number * BACKEND.size :][: BACKEND.size])
+            backend = BACKEND.read(bytes(maps["backends"].memory[number * BACKEND.size :][: BACKEND.size]))
             assert (backend.address, backend.service) == (sent_to.address, sent_to.service)
     local = {(str(s.name), b.address) for s in new.services if s.is_dsr for b in s.backends if b.is_local}
     assert len(maps["dsr_backends"].entries) == len(local)

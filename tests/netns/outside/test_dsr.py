@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rig.agent import Agent
 from rig.cluster import Cluster
 from rig.objects import endpoint, endpoint_slice, service
 from rig.servers import name_servers
@@ -22,6 +21,7 @@ from .table import TARGETS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rig.agent import Agent
     from rig.process import Place
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -66,7 +66,7 @@ assert answer[64:] == bytes(range(250)) * (len(data) // 250)
 
 @pytest.fixture(scope="module", params=MODES, ids=str)
 def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]:
-    """Two nodes with two pods each, and devices that leave their work to the next one: packets come in batches."""
+    """Two nodes with two pods each; devices leave their work to the next one: packets come in batches."""
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(node_count=2, mtus={"client": MTU}, offloads=True))
         stack.enter_context(name_servers([(name, pod.place) for name, pod in cluster.pods.items()], 8080))
