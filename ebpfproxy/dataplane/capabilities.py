@@ -167,6 +167,11 @@ FEATURES = (
         "outside traffic to a backend on another node gets this node's address",
     ),
     Feature(
+        "dsr",
+        "forwarding dsr and hybrid: replies go straight to the client",
+        _each((*_NETFILTER, "userspace"), "only BPF programs encapsulate: snat is used"),
+    ),
+    Feature(
         "masquerade-all",
         "masqueradeAll; outside traffic to a cluster IP gets this node's address",
     ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ebpfproxy import files, metrics, status
-from ebpfproxy.dataplane import modes
+from ebpfproxy.dataplane import capabilities, modes
 from ebpfproxy.errors import ConfigError, DataplaneError, EbpfproxyError, UnsupportedError
 from ebpfproxy.model.services import Scheduler
 
@@ -156,7 +156,13 @@ class ChosenDataplane:
 
     def unsupported(self, state: DesiredState) -> list[str]:
         """Return one sentence for each thing in ``state`` that the mode does not do."""
-        return self._running().unsupported(state)
+        sentences = self._running().unsupported(state)
+        # The same for all modes but one.
+        if (why := capabilities.limit(self.mode, "dsr")) and any(each.is_dsr for each in state.services):
+            names = list(dict.fromkeys(str(each.name) for each in state.services if each.is_dsr))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            sentences.append(f"forwarding dsr: {why}: {', '.join(names[:3])}{more}")
+        return sentences
 
     def reading(self) -> metrics.Reading:
         """Return what the mode counts in the kernel; may be called from another thread."""

@@ -15,6 +15,7 @@ from ebpfproxy.dataplane.chosen import RECORD, ChosenDataplane, PassedOver
 from ebpfproxy.dataplane.modes import Made, Site
 from ebpfproxy.errors import ConfigError, DataplaneError, EbpfproxyError, KernelError, UnsupportedError
 from ebpfproxy.model.services import DesiredState
+from fake_maps import service
 from unit.fakes import FakeDataplane
 
 if TYPE_CHECKING:
@@ -205,3 +206,13 @@ def test_the_place_of_the_old_mode_is_remembered(machine: Machine, tmp_path: Pat
     second.sync(STATE)
     second.tick()
     assert machine.modes["bpf"].cleaned == [Site(machine.state_dir, bpffs=tmp_path / "fs")]
+
+
+@pytest.mark.parametrize(("mode", "words"), [("bpf", []), ("iptables", ["forwarding dsr", "default/web"])])
+def test_a_mode_without_dsr_says_so(machine: Machine, mode: str, words: list[str]) -> None:
+    chosen = machine.choose(mode)
+    chosen.start()
+    told = chosen.unsupported(DesiredState((service("web", is_dsr=True), service("plain"))))
+    assert len(told) == bool(words)
+    assert all(word in told[0] for word in words)
+    assert "plain" not in "".join(told)
