@@ -44,7 +44,7 @@ struct ip6_extension {
 };
 
 /* Returns `size` bytes at `offset` if they are in the linear part. */
-static __always_inline void *linear(struct __sk_buff *skb, __u32 offset, __u32 size)
+static __always_inline void *linear(struct __sk_buff *skb, __u64 offset, __u32 size)
 {
 	void *data, *end;
 
@@ -62,10 +62,13 @@ static __always_inline void *linear(struct __sk_buff *skb, __u32 offset, __u32 s
 }
 
 /* Returns `size` readable bytes at `offset`, or NULL past the packet's end. Earlier pointers are void after it. */
-static __always_inline void *header(struct __sk_buff *skb, __u32 offset, __u32 size)
+static __always_inline void *header(struct __sk_buff *skb, __u32 from, __u32 size)
 {
+	__u64 offset = from;
 	void *at;
 
+	/* One number for the bound and for the use, 64 bits wide: old kernels lose the bound with a copy of 32. */
+	barrier_var(offset);
 	if (offset > HEADER_OFFSET_MAX)
 		return NULL;
 	at = linear(skb, offset, size);
