@@ -33,8 +33,7 @@ static __always_inline enum verdict begin_received(struct origin *origin, __u64 
 
 	service = find_sent_service(key);
 	/* Pods don't encapsulate. A hairpin is never sent so, as it needs its source translated. */
-	if (!service || source_kinds(&room->outer_src) ||
-	    addr_equal(&key->src, &room->outer_dst))
+	if (!service || source_kinds(&room->outer_src) || addr_equal(&key->src, &room->outer_dst))
 		return VERDICT_NOT_OURS;
 	sent.service = service->id;
 	id = map_lookup(dsr_backends, &sent);
