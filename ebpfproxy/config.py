@@ -10,6 +10,7 @@ that older releases had (udpIdleTimeout, resourceContainer) are known too.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -103,8 +104,10 @@ class _Nftables(_Schema, frozen=True):
 
 
 class _Conntrack(_Schema, frozen=True):
-    max_per_core: int = 32 * 1024
-    min: int = 128 * 1024
+    max_per_core: int | None = (
+        None  # upstream: 32,768; here the kernel's limit is left alone until it is asked for
+    )
+    min: int | None = None  # upstream: 131,072
     tcp_established_timeout: Duration = Duration(0)
     tcp_close_wait_timeout: Duration = Duration(0)
     tcp_be_liberal: bool = False
@@ -216,6 +219,7 @@ class Config(msgspec.Struct, frozen=True):
     ipvs_tcp_fin_s: float = 0.0
     ipvs_udp_s: float = 0.0
     tcp_be_liberal: bool = False  # the kernel's connection tracking checks no TCP windows
+    conntrack_max: int = 0  # connections that the kernel's connection tracking remembers; 0 = as it is
     udp_idle_s: float = 0.0  # 0 = the dataplane's default; so are the next four
     udp_s: float = 0.0
     udp_stream_s: float = 0.0
@@ -274,6 +278,8 @@ _USED = frozenset(
         "conntrack.tcpCloseWaitTimeout",
         "conntrack.udpTimeout",
         "conntrack.udpStreamTimeout",
+        "conntrack.maxPerCore",  # these two in modes made of netfilter
+        "conntrack.min",
         "conntrack.tcpBeLiberal",  # mode bpf never checks a window
         "logging.format",
         "logging.flushFrequency",  # nothing is buffered here
@@ -447,6 +453,7 @@ def _config(file: _File) -> Config:
         ipvs_udp_s=_timeout("ipvs.udpTimeout", file.ipvs.udp_timeout),
         localhost_node_ports=file.iptables.localhost_node_ports,
         tcp_be_liberal=file.conntrack.tcp_be_liberal,
+        conntrack_max=_conntrack_max(file.conntrack, os.cpu_count() or 1),
         udp_idle_s=_timeout("ebpfproxy.udpIdle", extras.udp_idle),
         udp_s=_timeout("conntrack.udpTimeout", file.conntrack.udp_timeout),
         udp_stream_s=_timeout("conntrack.udpStreamTimeout", file.conntrack.udp_stream_timeout),
@@ -582,6 +589,21 @@ def _check_periods(section: str, min_s: float, max_s: float) -> None:
         raise ConfigError(f"{section}.syncPeriod: must be greater than 0")
     if min_s > max_s:
         raise ConfigError(f"{section}.minSyncPeriod: must not be longer than syncPeriod")
+
+
+def _conntrack_max(section: _Conntrack, cores: int) -> int:
+    """Return the limit that ``maxPerCore`` and ``min`` make together, 0 for none.
+
+    Source: kube-proxy's getConntrackMax; each has kube-proxy's default once the other is set.
+    """
+    if section.max_per_core is None and section.min is None:
+        return 0
+    per_core = 32 * 1024 if section.max_per_core is None else section.max_per_core
+    least = 128 * 1024 if section.min is None else section.min
+    for field, value in (("maxPerCore", per_core), ("min", least)):
+        if value < 0:
+            raise ConfigError(f"conntrack.{field}: must be at least 0")
+    return max(per_core * cores, least) if per_core else 0
 
 
 def _timeout(field: str, value: float) -> float:

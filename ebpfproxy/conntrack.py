@@ -114,6 +114,8 @@ def settings_of(config: Config) -> dict[str, str]:
         "tcp_timeout_close_wait": config.tcp_close_wait_s,
     }
     found = {name: str(round(value)) for name, value in seconds.items() if value}
+    if config.conntrack_max:
+        found["max"] = str(config.conntrack_max)
     if config.tcp_be_liberal:
         found["tcp_be_liberal"] = "1"
     return {f"net/netfilter/nf_conntrack_{name}": value for name, value in found.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy import config
+from ebpfproxy.conntrack import settings_of
 from ebpfproxy.errors import ConfigError
 from ebpfproxy.model.services import Forwarding, Scheduler
 
@@ -257,8 +258,8 @@ def test_bind_addresses(fields: dict[str, Any], healthz: tuple[str, int], metric
             ("detectLocal.bridgeInterface (detectLocalMode is not BridgeInterface)",),
         ),
         (
-            {"conntrack": {"min": 5, "tcpBeLiberal": True}, "winkernel": {"enableDSR": True}},
-            ("winkernel.enableDSR", "conntrack.min"),
+            {"configSyncPeriod": "1h", "winkernel": {"enableDSR": True}},
+            ("winkernel.enableDSR", "configSyncPeriod"),
         ),
         ({"logging": {"options": {"json": {"splitStream": True}}}}, ("logging.options",)),
     ],
@@ -275,7 +276,7 @@ def test_fields_without_effect_are_named(fields: dict[str, Any], unused: tuple[s
         ({"clusterCidr": "10.0.0.0/8"}, "unknown field `clusterCidr`"),
         ({"ipvs": {"schedular": "rr"}}, "unknown field `schedular` - at `ipvs`"),
         ({"ebpfproxy": {"nope": 1}}, "unknown field `nope` - at `ebpfproxy`"),
-        ({"conntrack": {"maxPerCore": "many"}}, "Expected `int`, got `str` - at `conntrack.maxPerCore`"),
+        ({"iptables": {"masqueradeBit": "many"}}, "Expected `int`, got `str` - at `iptables.masqueradeBit`"),
         (
             {"conntrack": {"udpTimeout": 30}},
             "expected a duration such as 30s, got 30 - at `conntrack.udpTimeout`",
@@ -350,3 +351,30 @@ def test_flags_are_laid_over_the_file(tmp_path: Path) -> None:
 def test_feature_gates_of_file_and_flags_are_merged() -> None:
     laid = config.overlay({"featureGates": {"A": True, "B": True}}, {"featureGates": {"B": False}})
     assert laid == {"featureGates": {"A": True, "B": False}}
+
+
+@pytest.mark.parametrize(
+    ("section", "cores", "expected"),
+    [  # kube-proxy's getConntrackMax
+        ({}, 8, 0),
+        ({"maxPerCore": None, "min": None}, 8, 0),
+        ({"maxPerCore": 1000}, 4, 131072),
+        ({"maxPerCore": 1000, "min": 10}, 4, 4000),
+        ({"maxPerCore": 1000, "min": 5000}, 4, 5000),
+        ({"maxPerCore": 0, "min": 5000}, 4, 0),
+        ({"min": 5000}, 8, 262144),
+    ],
+)
+def test_conntrack_max(
+    section: dict[str, Any], cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    loaded = parse(conntrack=section)
+    assert (loaded.conntrack_max, loaded.unused) == (expected, ())
+    found = settings_of(loaded)
+    assert found == ({"net/netfilter/nf_conntrack_max": str(expected)} if expected else {})
+
+
+def test_negative_limits_are_errors() -> None:
+    with pytest.raises(ConfigError, match=r"conntrack\.min: must be at least 0"):
+        parse(conntrack={"min": -1})

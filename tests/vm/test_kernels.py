@@ -42,12 +42,15 @@ TESTS = [
     Inside("tests/packets", "libbpf and not every_length and not test_random"),
     # The agent and real traffic.
     Inside("tests/netns/test_services.py", "bpf"),
+    # With the rights that deploy/ gives it.
+    Inside("tests/netns/test_capabilities.py", "three_are_enough and clsact"),
 ]
 # A mode that the machine at hand may have no kernel for. Debian 12's has all of IPVS as modules.
 IPVS_KERNEL = "6.1"
 IPVS_TESTS = [
     Inside("tests/netns/test_services.py", "ipvs"),
     Inside("tests/netns/test_ipvs.py"),
+    Inside("tests/netns/test_takeover.py", "from_ipvs"),
 ]
 
 
