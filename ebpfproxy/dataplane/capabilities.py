@@ -66,6 +66,11 @@ FEATURES = (
         "reject", "a Service without endpoints is refused at once; policy Local without local ones drops"
     ),
     Feature(
+        "drop-sockets",
+        "what is dropped is silent for sockets on the node, too",
+        {"bpf": "connect() and send() fail at once: there is no packet yet that could be dropped"},
+    ),
+    Feature(
         "reject-unused",
         "a VIP's port that no Service uses is refused at once",
         {"iptables": "as in kube-proxy the packet goes on to where the VIP is routed"},

@@ -246,6 +246,14 @@ class Agent:
         options: list[str | Path] = ["--state-dir", self.state_dir, "--bpffs", self.net.bpffs, "-o", "json"]
         return json.loads(self.cli("status", *options, check=False).stdout)
 
+    def wait_synced(self) -> None:
+        """Wait until the agent says that it synced after a manifest was last written."""
+        eventually(
+            lambda: self._syncs() > self._syncs_before,
+            f"mode {self.mode} to sync after the last change",
+            timeout_s=30,
+        )
+
     def wait_backends(self, service: str, addresses: set[str]) -> None:
         """Wait until the kernel's maps give a Service exactly these backends for new connections.
 
@@ -256,7 +264,7 @@ class Agent:
         A mode without maps has programmed what was written last once it has synced again.
         """
         if self.mode != "bpf":
-            eventually(lambda: self._syncs() > self._syncs_before, "a sync after the last change")
+            self.wait_synced()
             return
         is_v6 = {":" in address for address in addresses} == {True}
 
