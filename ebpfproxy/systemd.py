@@ -43,10 +43,12 @@ class Notifier:
         self._send(f"STOPPING=1\nSTATUS={status}")
 
     def status(self, text: str) -> None:
-        """Show one line in ``systemctl status``; sent only when it changes."""
-        if text != self._status:
+        """Show one line in ``systemctl status``; sent only when it changes.
+
+        Whoever reads slowly gets a later one: no Service waits for that.
+        """
+        if text != self._status and self._send(f"STATUS={text}", flags=socket.MSG_DONTWAIT):
             self._status = text
-            self._send(f"STATUS={text}")
 
     def ping(self, now: float) -> None:
         """Keep the watchdog quiet; call it at least every ``watchdog_s / 2``."""
@@ -55,15 +57,19 @@ class Notifier:
             self._next_ping = now + self.watchdog_s / 4
             self._send("WATCHDOG=1")
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, flags: int = 0) -> bool:
+        """Return whether it is on its way, or nobody wants it."""
         if not self._address:
-            return
+            return True
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                sock.sendto(message.encode(), self._address)
+                sock.sendto(message.encode(), flags, self._address)
+        except BlockingIOError:
+            return False
         except OSError as error:
             _log.warning("notify systemd at %s: %s", self._address, error)
             self._address = ""
+        return True
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:

@@ -25,7 +25,7 @@ from ebpfproxy.model.objects import ObjectMeta as Meta
 from ebpfproxy.model.services import DesiredState, Scheduler
 from ebpfproxy.runner import Limits
 from ebpfproxy.source import Reported, feed
-from ebpfproxy.store import Delete, Set, Synced
+from ebpfproxy.store import Delete, Reach, Set, Synced
 from ebpfproxy.systemd import Notifier
 from unit.fakes import TIMEOUT_S, FakeDataplane, FakeNetwork, FakeServers, FakeSource, service, until
 
@@ -45,14 +45,15 @@ class FakeNotifier(Notifier):
         super().__init__({"WATCHDOG_USEC": "1000"})
         self.messages: list[str] = []
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, flags: int = 0) -> bool:
         self.messages.append(message.split("\n", maxsplit=1)[0])
+        return True
 
 
 class Running:
     """An agent in a thread, with everything around it faked."""
 
-    def __init__(self, state_dir: Path, **settings: Any) -> None:
+    def __init__(self, state_dir: Path, server: str = "", **settings: Any) -> None:
         self.state_dir = state_dir
         self.source = FakeSource()
         self.sources: list[FakeSource | Exception] = [self.source]  # handed out one by one
@@ -65,7 +66,7 @@ class Running:
         self.load: Callable[[], Config] = lambda: self.settings
         self.agent = Agent(
             self.settings,
-            Place("/manifests", state_dir),
+            Place("" if server else "/manifests", state_dir, server),
             self._make,
             self.network,
             self.dataplane,
@@ -830,3 +831,34 @@ def test_a_written_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytes
     assert [each.name for each in path.parent.iterdir()] == ["file"]
     files.write_atomic(path, b"new", durable=False, mtime_ns=10**18)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (b"new", 10**18)
+
+
+# --- an API server as the source ---------------------------------------------------------------------
+
+
+def test_nothing_is_allocated_where_an_api_server_does_it(tmp_path: Path) -> None:
+    (tmp_path / "allocations.json").write_text('{"default/old":{"clusterIPs":{"4":"10.96.0.99"}}}')
+    running = Running(tmp_path, server="https://192.0.2.9:6443").start()
+    try:
+        pending = service("pending", 90)
+        given = service("given", 91, cluster_ip="10.96.0.7", cluster_ips=("10.96.0.7",))
+        running.source.put(Set(pending), Set(given), Synced("objects"))
+        running.serves(given=91)
+        assert running.status().server == "https://192.0.2.9:6443"
+        assert running.status().manifests == ""
+        assert (
+            "10.96.0.99" in (tmp_path / "allocations.json").read_text()
+        )  # of another time; not ours to touch
+    finally:
+        running.stop()
+
+
+def test_how_old_the_state_is_reaches_the_health_servers(tmp_path: Path) -> None:
+    running = Running(tmp_path, server="https://192.0.2.9:6443").start()
+    try:
+        running.source.put(Synced("objects"), Reach(None))
+        until(lambda: bool(running.servers.snapshots) and running.servers.snapshots[-1].reach == Reach(None))
+        running.source.put(Reach(1700000000.0))
+        until(lambda: running.servers.snapshots[-1].reach == Reach(1700000000.0))
+    finally:
+        running.stop()

@@ -14,6 +14,7 @@ from ebpfproxy.errors import KernelError
 from ebpfproxy.health import Bind, Health, LocalEndpoints, Site, Snapshot
 from ebpfproxy.metrics import Facts, Reading
 from ebpfproxy.model.services import Backend, DesiredState, Readiness
+from ebpfproxy.store import Reach
 from fake_maps import cluster_ip, service
 
 if TYPE_CHECKING:
@@ -150,6 +151,20 @@ def test_healthz_and_livez(
     if with_node:
         expected["nodeEligible"] = is_eligible
     assert json.loads(found.body) == expected
+
+
+@pytest.mark.parametrize(
+    ("lost_at", "source"),
+    [
+        (None, {"lastUpdated": RECENT, "connected": True}),
+        (WALL - 100, {"lastUpdated": SYNCED, "connected": False}),
+    ],
+)
+def test_health_says_how_old_the_state_of_an_api_server_is(
+    lost_at: float | None, source: dict[str, Any]
+) -> None:
+    found = health.agent_response(Snapshot(seen=NOW, reach=Reach(lost_at)), NOW, WALL, with_node=True)
+    assert (found.status, json.loads(found.body)["source"]) == (200, source)
 
 
 def test_an_agent_that_starts_is_healthy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -109,6 +110,23 @@ def test_systemd_hears_everything(tmp_path: Path, is_abstract: bool) -> None:
     assert messages[4].rpartition("=")[2].isdecimal()
     assert messages[5] == "STOPPING=1\nSTATUS=bye"
     assert notifier.watchdog_s == 4.0
+
+
+def test_nobody_waits_for_a_reader_of_the_status(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader:
+        reader.bind(address)
+        notifier = Notifier({"NOTIFY_SOCKET": address})
+        for number in range(5000):  # more than a socket's queue holds
+            notifier.status(f"{number}")
+        assert reader.recv(100) == b"STATUS=0"
+        notifier.status("late")
+        reader.setblocking(False)
+        told = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                told.append(reader.recv(100))
+        assert told[-1] == b"STATUS=late"
 
 
 def test_without_systemd_nothing_is_sent() -> None:
