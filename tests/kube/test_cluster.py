@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from kube.cluster import Cluster
 from rig.agent import Agent
 from rig.objects import endpoint_slice, service
 from rig.probe import Probe
@@ -23,6 +22,7 @@ from rig.wait import eventually
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kube.cluster import Cluster
     from rig.objects import Object
     from rig.topology import Topology
 
