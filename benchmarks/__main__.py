@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import maglev, state, userspace
+from benchmarks import forward, maglev, state, userspace
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
@@ -245,7 +245,8 @@ def main() -> int:
     parser.add_argument(
         "only",
         nargs="*",
-        help="scale, connections, starts, reading, kubernetes, maglev, userspace (default: these), cluster",
+        help="scale, connections, starts, reading, kubernetes, maglev, userspace, forward (default: these), "
+        "cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
@@ -275,6 +276,7 @@ def main() -> int:
         "kubernetes",
         "maglev",
         "userspace",
+        "forward",
     ]
     figures: dict[str, Any] = {"machine": machine()}
     if "maglev" in wanted:
@@ -299,6 +301,8 @@ def main() -> int:
         if "userspace" in wanted:
             with connect_program() as program:
                 figures |= userspace.measure(options, program, PORT)
+        if "forward" in wanted:
+            figures["forward"] = forward.measure(options.milliseconds * 5, options.starts)
     except (AssertionError, subprocess.SubprocessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
