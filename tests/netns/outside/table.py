@@ -47,12 +47,6 @@ class Row:
     answers: frozenset[str]  # BACKEND<SOURCE
     outcome: str  # "answered", "refused" or "lost"
 
-    @property
-    def needs_snat(self) -> bool:
-        """Return whether a backend sees another address than the client's."""
-        own = self.source.rstrip("+")
-        return any(answer.partition("<")[2] != own for answer in self.answers)
-
 
 @dataclass(frozen=True)
 class Case:

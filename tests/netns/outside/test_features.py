@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from scapy.layers.sctp import SCTP, SCTPChunkInit, SCTPChunkInitAck
 
-from rig.cluster import CLIENT_IPS, OTHER_CLIENT_IPS, Cluster
+from rig.cluster import CLIENT_IPS, CLUSTER_CIDRS, OTHER_CLIENT_IPS, Cluster
 from rig.objects import endpoint, endpoint_slice, service
 from rig.probe import Probe
 from rig.servers import name_servers
@@ -78,6 +78,8 @@ def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]
             ),
             *slices(cluster, "checked", ["pod11", "pod12", "pod21"], *table.TARGETS),
             service("sctp", SCTP_PORT | {"nodePort": SCTP_NODE_PORT}, **vips(3)),
+            service("web", *table.PORTS, **vips(4)),
+            *slices(cluster, "web", ["pod11", "pod21"], *table.TARGETS),
             *slices(cluster, "sctp", ["pod21"], {"name": "sctp", "port": 8132, "protocol": "SCTP"}),
         ]
         agents = start_agents(stack, cluster, objects, request.param)
@@ -113,6 +115,55 @@ def test_health_check_node_port(world: World, family: int) -> None:
         assert json.loads(body)["service"] == {"namespace": "default", "name": "checked"}
 
 
+# --- others on the node
+
+
+@pytest.fixture
+def masquerade(world: World) -> Iterator[None]:
+    """What a CNI plugin sets up: pods that talk to the outside have their node's address."""
+    nodes = world.cluster.nodes
+    rules = "".join(
+        f"{kind} saddr {cidr} {kind} daddr != {cidr} masquerade\n"
+        for kind, cidr in zip(("ip", "ip6"), CLUSTER_CIDRS, strict=True)
+    )
+    table = f"table inet cni {{ chain out {{ type nat hook postrouting priority srcnat\n{rules}}}\n}}"
+    for node in nodes:
+        node.on_node_bare.run("nft", "-f", "-", text=table)
+    yield
+    for node in nodes:
+        node.netns.shell("nft delete table inet cni")
+
+
+@families
+def test_masquerade_beside_us(world: World, masquerade: None, family: int) -> None:
+    """The kernel's own translation and ours do not see each other's flows."""
+    cluster = world.cluster
+    who = table.owners(cluster, family)
+    with name_servers([("outside", cluster.client.place())], 8080):
+        for pod in ("pod12", "pod21"):
+            node = cluster.node_of(cluster.pods[pod]).node_name
+            asked = world.probe(pod).answers(CLIENT_IPS[family], 8080, 3)
+            assert table.readable(asked, who) == {f"outside<{node}"}
+    load_balancer = vips(4)["ingress"][family]
+    asked = world.probe("client").answers(load_balancer, 80, 8, bind=(CLIENT_IPS[family], 0))
+    assert table.readable(asked, who) == {"pod11<client", "pod21<node-1"}
+    asked = world.probe("pod12").answers(load_balancer, 80, 8)
+    assert table.readable(asked, who) == {"pod11<pod12", "pod21<pod12"}
+
+
+@families
+def test_the_nodes_own_connections_to_the_backend(world: World, family: int) -> None:
+    """They come from the address that our source translation uses, too, and go to the same place."""
+    backend = world.cluster.pods["pod21"].ips[family]
+    with (
+        world.probe("client").load(vips(4)["ingress"][family], 80, workers=4, pause_s=0) as load,
+        Probe(world.cluster.nodes[0].on_node_bare) as probe,
+    ):
+        load.more(50)
+        assert probe.tcp(backend, 8080, 300) == {"pod21": 300}
+        load.more(50)
+
+
 # --- SCTP, packet by packet: raw sockets at both ends, as the test kernel may have no SCTP
 
 
@@ -127,7 +178,6 @@ def received(raw: RemoteSocket, family: int) -> tuple[SCTP, str]:
     return packet, sender
 
 
-@pytest.mark.xfail(reason="source translation is not there yet", strict=True)
 @pytest.mark.parametrize("target", ["load balancer", "NodePort"])
 @families
 def test_sctp_association_with_a_backend_on_another_node(world: World, family: int, target: str) -> None:
@@ -157,8 +207,7 @@ def test_sctp_association_with_a_backend_on_another_node(world: World, family: i
 # --- source ranges
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_ten_thousand_source_ranges(nothing_left: None, mode: Any, record_property: Any) -> None:
+def test_ten_thousand_source_ranges(nothing_left: None, record_property: Any) -> None:
     """One Service with 5,000 prefixes of each family; in force soon, the last of them too, and taken back."""
     many = [f"100.{64 + n // 256}.{n % 256}.0/24" for n in range(4999)]
     many += [f"2001:db8:{n:x}::/48" for n in range(0x1000, 0x1000 + 4999)]
@@ -173,7 +222,7 @@ def test_ten_thousand_source_ranges(nothing_left: None, mode: Any, record_proper
                 *table.node_objects(cluster),
             ]
 
-        (agent,) = start_agents(stack, cluster, objects(many), mode)
+        (agent,) = start_agents(stack, cluster, objects(many), MODES[0])
         probe = stack.enter_context(Probe(cluster.place("client")))
         probe.call("timeout", 0.2)
 

@@ -165,22 +165,7 @@ def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]
         yield World(cluster, agents, stack)
 
 
-def cases() -> list[object]:
-    return [
-        pytest.param(
-            *(number, combination),
-            id=str(combination),
-            marks=[pytest.mark.xfail(reason="source translation is not there yet", strict=True)]
-            if combination.client == "client"
-            and isinstance(expected(combination), dict)
-            and "node-1" in expected(combination).values()  # type: ignore[union-attr]
-            else [],
-        )
-        for number, combination in enumerate(COMBINATIONS, 1)
-    ]
-
-
-@pytest.mark.parametrize(("number", "it"), cases())
+@pytest.mark.parametrize(("number", "it"), list(enumerate(COMBINATIONS, 1)), ids=str)
 def test_pair(world: World, number: int, it: Combination) -> None:
     cluster = world.cluster
     if it.entry == "node-port":
