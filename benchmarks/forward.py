@@ -96,7 +96,7 @@ def measure(milliseconds: int, rounds: int) -> dict[str, Any]:
 
 def _round(net: Topology, binary: Path, milliseconds: int, address: str, port: int) -> float:
     counter = Path("/sys/class/net/eth0/statistics/rx_packets")
-    read = ["ip", "netns", "exec", net.pods[0].netns.name, "cat", counter]
+    read: list[str | Path] = ["ip", "netns", "exec", net.pods[0].netns.name, "cat", counter]
     before = int(HERE.run(*read).stdout)
     output = net.from_outside.run(binary, "flood", str(milliseconds), str(FLOWS), address, str(port)).stdout
     received = int(HERE.run(*read).stdout) - before
