@@ -92,7 +92,7 @@ static __always_inline enum verdict translate(struct xdp_md *ctx, struct scratch
 }
 
 /* What is left to tc is counted there. */
-SEC("xdp.frags")
+SEC("xdp")
 int xdp_lb(struct xdp_md *ctx)
 {
 	struct scratch *room = get_scratch();

@@ -112,11 +112,10 @@ class Object(Closeable):
         """
         for each in self._programs.values():
             check(lib.bpf_program__set_autoload(each, programs), f"choose the programs of {self.path}")
-            flags = lib.bpf_program__flags(each)
-            if flags & XDP_HAS_FRAGS and not has_xdp_frags():
-                check(
-                    lib.bpf_program__set_flags(each, flags & ~XDP_HAS_FRAGS), f"choose flags of {self.path}"
-                )
+            # Not by the section's name: what libbpf takes from there can't be taken back for older kernels.
+            if lib.bpf_program__type(each) == lib.BPF_PROG_TYPE_XDP and has_xdp_frags():
+                flags = lib.bpf_program__flags(each) | XDP_HAS_FRAGS
+                check(lib.bpf_program__set_flags(each, flags), f"choose flags of {self.path}")
         lib.glue_clear_messages()
         result = lib.bpf_object__load(self._object)
         if result == 0:
