@@ -9,14 +9,13 @@ Source: linux/netfilter/nfnetlink_conntrack.h; SERVICES.md section 7 of the proj
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from ebpfproxy.errors import KernelError
 from ebpfproxy.model.addresses import family as family_of
 from ebpfproxy.model.services import Protocol, Readiness
+from ebpfproxy.netlink.wire import Message, Wire, attributes, fail, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -27,15 +26,10 @@ if TYPE_CHECKING:
 UDP = socket.IPPROTO_UDP
 _NETLINK_NETFILTER = 12
 _GET, _DELETE = 0x0101, 0x0102  # subsystem conntrack, IPCTNL_MSG_CT_GET and _DELETE
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_ERROR, _DONE = 2, 3
 _ORIG, _REPLY, _ID, _ZONE = 1, 2, 12, 18  # CTA_*
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC, _IP_DST = {4: 1, 6: 3}, {4: 2, 6: 4}
 _PROTO_NUM, _PROTO_SRC, _PROTO_DST = 1, 2, 3
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
-_BATCH = 128  # deletions in one message: their answers fit the socket's buffer
 
 
 class Endpoint(NamedTuple):
@@ -159,19 +153,12 @@ def flows(number: int, protocol: int) -> Iterator[Flow]:
     Raises:
         KernelError: the kernel does not say.
     """
-    with _socket("list conntrack entries") as connection:
-        body = struct.pack("=BBH", _af(number), 0, 0)
-        connection.send(_HEADER.pack(_HEADER.size + len(body), _GET, _REQUEST | _DUMP, 1, 0) + body)
-        while True:
-            data = connection.recv(1 << 18)
-            for kind, message in _messages(data):
-                if kind == _DONE:
-                    return
-                if kind == _ERROR:
-                    _raise_error(message, "list conntrack entries")
-                flow = _flow(message, number, protocol)
-                if flow is not None:
-                    yield flow
+    what = "list conntrack entries"
+    with Wire(_NETLINK_NETFILTER, what) as wire:
+        for body in wire.dump(Message(_GET, _head(number)), what):
+            flow = _flow(body, number, protocol)
+            if flow is not None:
+                yield flow
 
 
 def delete(gone: Iterable[Flow], number: int, what: str) -> int:
@@ -180,83 +167,36 @@ def delete(gone: Iterable[Flow], number: int, what: str) -> int:
     Raises:
         KernelError: the kernel refused.
     """
-    listed, done = list(gone), 0
+    listed = list(gone)
     if not listed:
         return 0
-    head = struct.pack("=BBH", _af(number), 0, 0)
-    with _socket(f"delete {what}") as connection:
-        for first in range(0, len(listed), _BATCH):
-            batch = listed[first : first + _BATCH]
-            connection.send(
-                b"".join(
-                    _HEADER.pack(_HEADER.size + len(head + flow.key), _DELETE, _REQUEST | _ACK, n, 0)
-                    + head
-                    + flow.key
-                    for n, flow in enumerate(batch, 1)
-                )
-            )
-            left = len(batch)
-            while left:
-                for _, message in _messages(connection.recv(1 << 18)):
-                    left -= 1
-                    code = -struct.unpack_from("=i", message)[0]
-                    if code not in (0, errno.ENOENT):  # ended meanwhile
-                        _raise_error(message, f"delete {what}")
-                    done += code == 0
-    return done
+    with Wire(_NETLINK_NETFILTER, f"delete {what}") as wire:
+        errors = wire.send([Message(_DELETE, _head(number) + flow.key) for flow in listed])
+    for code in errors:
+        if code not in (0, errno.ENOENT):  # ended meanwhile
+            fail(code, f"delete {what}")
+    return errors.count(0)
 
 
-def _socket(what: str) -> socket.socket:
-    try:
-        made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-        made.settimeout(10)
-        made.bind((0, 0))
-    except OSError as error:
-        raise KernelError(f"{what}: {error.strerror}", error.errno or 0) from error
-    return made
-
-
-def _af(number: int) -> int:
-    return socket.AF_INET6 if number == 6 else socket.AF_INET
-
-
-def _raise_error(message: bytes, what: str) -> None:
-    code = -struct.unpack_from("=i", message)[0]
-    raise KernelError(f"{what}: {os.strerror(code)}", code)
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at < len(data):
-        size, kind, *_ = _HEADER.unpack_from(data, at)
-        yield kind, data[at + _HEADER.size : at + size]
-        at += (size + 3) & ~3
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found, at = {}, 0
-    while at + 4 <= len(data):
-        size, kind = _ATTRIBUTE.unpack_from(data, at)
-        found[kind & 0x3FFF] = data[at + 4 : at + size]
-        at += (size + 3) & ~3
-    return found
+def _head(number: int) -> bytes:
+    return struct.pack("=BBH", socket.AF_INET6 if number == 6 else socket.AF_INET, 0, 0)
 
 
 def _flow(message: bytes, number: int, protocol: int) -> Flow | None:
-    found = _attributes(message[4:])
+    found = attributes(message[4:])
     if _ORIG not in found or _REPLY not in found:
         return None
-    there = _attributes(found[_ORIG])
-    proto = _attributes(there[_TUPLE_PROTO])
+    there = attributes(found[_ORIG])
+    proto = attributes(there[_TUPLE_PROTO])
     if proto[_PROTO_NUM][0] != protocol:
         return None
-    back = _attributes(found[_REPLY])
-    back_proto = _attributes(back[_TUPLE_PROTO])
+    back = attributes(found[_REPLY])
+    back_proto = attributes(back[_TUPLE_PROTO])
     return Flow(
-        Endpoint(_address(_attributes(there[_TUPLE_IP])[_IP_DST[number]]), _port(proto[_PROTO_DST])),
-        Endpoint(_address(_attributes(back[_TUPLE_IP])[_IP_SRC[number]]), _port(back_proto[_PROTO_SRC])),
+        Endpoint(_address(attributes(there[_TUPLE_IP])[_IP_DST[number]]), _port(proto[_PROTO_DST])),
+        Endpoint(_address(attributes(back[_TUPLE_IP])[_IP_SRC[number]]), _port(back_proto[_PROTO_SRC])),
         b"".join(
-            _pack(kind, found[kind], is_nested=kind == _ORIG) for kind in (_ORIG, _ID, _ZONE) if kind in found
+            pack(kind, found[kind], is_nested=kind == _ORIG) for kind in (_ORIG, _ID, _ZONE) if kind in found
         ),
     )
 
@@ -267,8 +207,3 @@ def _address(packed: bytes) -> str:
 
 def _port(packed: bytes) -> int:
     return int.from_bytes(packed, "big")
-
-
-def _pack(kind: int, data: bytes, *, is_nested: bool) -> bytes:
-    flag = 0x8000 if is_nested else 0
-    return _ATTRIBUTE.pack(4 + len(data), kind | flag) + data + bytes(-len(data) % 4)

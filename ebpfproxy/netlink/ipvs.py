@@ -1,29 +1,41 @@
 """IPVS: virtual servers and their destinations in this network namespace.
 
-Traps of pyroute2 0.9: "update" sends the delete command, so it is "set" here; a destination's default is
-direct routing, so the forwarding method is always named; the netmask of an IPv6 service is a prefix length in
-the byte order of the machine, which has to be written as if it were an IPv4 address.
+Writing is by operations, which are values, many of them in one system call: pyroute2 sends one at a time, and
+a node with 5,000 Services has tens of thousands.
+
+Source: linux/ip_vs.h.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ebpfproxy.errors import KernelError, UnsupportedError
-from ebpfproxy.model.addresses import canonical
+from ebpfproxy.netlink.wire import REQUEST, Message, Wire, attributes, fail, pack
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
-# linux/ip_vs.h
+_NETLINK_GENERIC, _CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 16, 3, 1, 2
+_GENERIC = struct.Struct("=BBH")  # struct genlmsghdr
 PERSISTENT, HASHED, SCHED_1, SCHED_2 = 0x1, 0x2, 0x8, 0x10
 MH_PORT = SCHED_2  # mh hashes the client's port too
 _MASQUERADE = 0  # IP_VS_CONN_F_MASQ: address translation
 _EVERY_FLAG = 0xFFFFFFFF
+# IPVS_CMD_*
+_NEW_SERVICE, _SET_SERVICE, _DEL_SERVICE, _GET_SERVICE = 1, 2, 3, 4
+_NEW_DEST, _SET_DEST, _DEL_DEST, _GET_DEST, _SET_CONFIG = 5, 6, 7, 8, 12
+# IPVS_CMD_ATTR_*
+_SERVICE, _DEST, _TIMEOUT_TCP = 1, 2, 4
+# IPVS_SVC_ATTR_*
+_AF, _PROTOCOL, _ADDRESS, _PORT, _SCHEDULER, _FLAGS, _TIMEOUT, _NETMASK = 1, 2, 3, 4, 6, 7, 8, 9
+# IPVS_DEST_ATTR_*
+_D_ADDRESS, _D_PORT, _D_FORWARD, _D_WEIGHT, _D_UPPER, _D_LOWER = 1, 2, 3, 4, 5, 6
+_D_ACTIVE, _D_INACTIVE, _D_FAMILY = 7, 8, 11
 
 
 class Server(NamedTuple):
@@ -65,6 +77,115 @@ class Timeouts(NamedTuple):
     udp_s: int = 0
 
 
+class Operation(NamedTuple):
+    """One change."""
+
+    what: str  # in an error's words
+    command: int
+    body: bytes
+    allowed: tuple[int, ...] = ()  # errors that mean that it is done already
+
+
+# --- what to write: pure ------------------------------------------------------------------------------------
+
+
+def set_server(server: Server, settings: Settings, *, is_there: bool) -> Operation:
+    """Return what makes or changes a virtual server."""
+    body = _key(server) + b"".join(
+        (
+            pack(_SCHEDULER, settings.scheduler.encode() + b"\0"),
+            pack(_FLAGS, struct.pack("=II", settings.flags, _EVERY_FLAG)),
+            pack(_TIMEOUT, _u32(settings.timeout_s)),
+            pack(_NETMASK, _netmask(server.address)),
+        )
+    )
+    what = f"write virtual server {_text(server)} with scheduler {settings.scheduler}"
+    return Operation(what, _SET_SERVICE if is_there else _NEW_SERVICE, pack(_SERVICE, body, is_nested=True))
+
+
+def remove_server(server: Server) -> Operation:
+    """Return what removes a virtual server and its destinations."""
+    body = pack(_SERVICE, _key(server), is_nested=True)
+    return Operation(f"remove virtual server {_text(server)}", _DEL_SERVICE, body, (errno.ESRCH,))
+
+
+def set_destination(destination: Destination, weight: int, *, is_there: bool) -> Operation:
+    """Return what makes or changes a destination."""
+    server = destination.server
+    body = pack(_SERVICE, _key(server), is_nested=True) + pack(
+        _DEST,
+        _destination(destination)
+        + pack(_D_FORWARD, _u32(_MASQUERADE))
+        + pack(_D_WEIGHT, _u32(weight))
+        + pack(_D_UPPER, _u32(0))
+        + pack(_D_LOWER, _u32(0)),
+        is_nested=True,
+    )
+    what = f"write destination {_text(destination)} of {_text(server)}"
+    return Operation(what, _SET_DEST if is_there else _NEW_DEST, body)
+
+
+def remove_destination(destination: Destination) -> Operation:
+    """Return what removes a destination."""
+    server = destination.server
+    body = pack(_SERVICE, _key(server), is_nested=True)
+    body += pack(_DEST, _destination(destination), is_nested=True)
+    what = f"remove destination {_text(destination)} of {_text(server)}"
+    return Operation(what, _DEL_DEST, body, (errno.ENOENT, errno.ESRCH))
+
+
+def set_timeouts(timeouts: Timeouts) -> Operation:
+    """Return what changes how long connections are remembered."""
+    body = b"".join(pack(_TIMEOUT_TCP + number, _u32(value)) for number, value in enumerate(timeouts))
+    return Operation("set the timeouts of IPVS", _SET_CONFIG, body)
+
+
+def _key(server: Server) -> bytes:
+    return b"".join(
+        (
+            pack(_AF, struct.pack("=H", _family(server.address))),
+            pack(_PROTOCOL, struct.pack("=H", server.protocol)),
+            pack(_ADDRESS, _address(server.address)),
+            pack(_PORT, struct.pack("!H", server.port)),
+        )
+    )
+
+
+def _destination(destination: Destination) -> bytes:
+    return b"".join(
+        (
+            pack(_D_ADDRESS, _address(destination.address)),
+            pack(_D_PORT, struct.pack("!H", destination.port)),
+            pack(_D_FAMILY, struct.pack("=H", _family(destination.address))),
+        )
+    )
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _address(address: str) -> bytes:
+    """Return the bytes of a union nf_inet_addr."""
+    return socket.inet_pton(_family(address), address).ljust(16, b"\0")
+
+
+def _netmask(address: str) -> bytes:
+    """Return what makes persistence look at whole client addresses: a mask, of IPv6 a prefix length."""
+    return _u32(128) if ":" in address else b"\xff" * 4
+
+
+def _u32(value: int) -> bytes:
+    return struct.pack("=I", value)
+
+
+def _text(server: Server | Destination) -> str:
+    return f"[{server.address}]:{server.port}" if ":" in server.address else f"{server.address}:{server.port}"
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------
+
+
 class Ipvs:
     """A socket to IPVS.
 
@@ -74,24 +195,17 @@ class Ipvs:
     """
 
     def __init__(self) -> None:
-        from pyroute2 import IPVS
-        from pyroute2.netlink.exceptions import NetlinkError
-
-        class Socket(IPVS):  # type: ignore[misc] # pyroute2 has no types
-            def __init__(self) -> None:
-                try:
-                    super().__init__()
-                except BaseException:
-                    self.close()  # pyroute2 leaves its event loop open when the kernel has no IPVS
-                    raise
-
+        self._wire = Wire(_NETLINK_GENERIC, "open IPVS")
+        head = _GENERIC.pack(_GET_FAMILY, 1, 0)
+        request = Message(_CONTROL, head + pack(_FAMILY_NAME, b"IPVS\0"))
         try:
-            self._socket = Socket()
-        except (NetlinkError, OSError) as error:
-            code = getattr(error, "code", None) or getattr(error, "errno", None) or 0
-            if code in (errno.ENOENT, errno.EOPNOTSUPP):
+            (answer,) = self._wire.dump(request, "open IPVS", REQUEST)
+        except KernelError as error:
+            self._wire.close()
+            if error.errno == errno.ENOENT:
                 raise UnsupportedError("this kernel has no IPVS (module ip_vs)") from error
-            raise KernelError(f"open IPVS: {os.strerror(code)}", code) from error
+            raise
+        (self._family,) = struct.unpack("=H", attributes(answer[_GENERIC.size :])[_FAMILY_ID])
 
     def __enter__(self) -> Self:
         return self
@@ -103,133 +217,66 @@ class Ipvs:
 
     def close(self) -> None:
         """Close it; what was made stays."""
-        self._socket.close()
+        self._wire.close()
 
-    # -- reading -----------------------------------------------------------------------------------
+    def run(self, operations: Sequence[Operation]) -> None:
+        """Do operations in order; those after one that fails are done all the same.
+
+        Raises:
+            KernelError: some failed; the message names the first.
+        """
+        errors = self._wire.send([self._message(each.command, each.body) for each in operations])
+        failed = [
+            (code, each.what)
+            for code, each in zip(errors, operations, strict=True)
+            if code and code not in each.allowed
+        ]
+        if failed:
+            code, what = failed[0]
+            fail(
+                code, what if len(failed) == 1 else f"{len(failed)} changes of IPVS failed; the first: {what}"
+            )
 
     def servers(self) -> dict[Server, Settings]:
         """Return the virtual servers; those for marks of packets are left out."""
         found = {}
-        for message in self._do("list virtual servers", "service", "dump"):
-            service = message.get_attr("IPVS_CMD_ATTR_SERVICE")
-            if service is None or service.get_attr("IPVS_SVC_ATTR_ADDR") is None:
+        for body in self._wire.dump(self._message(_GET_SERVICE), "list virtual servers"):
+            service = attributes(attributes(body[_GENERIC.size :]).get(_SERVICE, b""))
+            if _ADDRESS not in service:
                 continue
-            flags = service.get_attr("IPVS_SVC_ATTR_FLAGS")["flags"] & ~HASHED
-            server = Server(
-                service.get_attr("IPVS_SVC_ATTR_PROTOCOL"),
-                canonical(service.get_attr("IPVS_SVC_ATTR_ADDR")),
-                service.get_attr("IPVS_SVC_ATTR_PORT"),
-            )
-            found[server] = Settings(
-                service.get_attr("IPVS_SVC_ATTR_SCHED_NAME"),
-                flags,
-                service.get_attr("IPVS_SVC_ATTR_TIMEOUT") if flags & PERSISTENT else 0,
-            )
+            flags, _ = struct.unpack("=II", service[_FLAGS])
+            flags &= ~HASHED
+            (timeout_s,) = struct.unpack("=I", service[_TIMEOUT])
+            scheduler = service.get(_SCHEDULER, b"").rstrip(b"\0").decode()
+            found[_server(service)] = Settings(scheduler, flags, timeout_s if flags & PERSISTENT else 0)
         return found
 
     def destinations(self, server: Server) -> dict[Destination, Load]:
         """Return the destinations of a virtual server."""
         found = {}
-        for message in self._do(f"list the destinations of {_text(server)}", "dest", "dump", _key(server)):
-            dest = message.get_attr("IPVS_CMD_ATTR_DEST")
-            if dest is None:
+        request = self._message(_GET_DEST, pack(_SERVICE, _key(server), is_nested=True))
+        for body in self._wire.dump(request, f"list the destinations of {_text(server)}"):
+            dest = attributes(attributes(body[_GENERIC.size :]).get(_DEST, b""))
+            if _D_ADDRESS not in dest:
                 continue
-            name = Destination(
-                server, canonical(dest.get_attr("IPVS_DEST_ATTR_ADDR")), dest.get_attr("IPVS_DEST_ATTR_PORT")
+            (family,) = (
+                struct.unpack("=H", dest[_D_FAMILY]) if _D_FAMILY in dest else (_family(server.address),)
             )
-            found[name] = Load(
-                dest.get_attr("IPVS_DEST_ATTR_WEIGHT"),
-                dest.get_attr("IPVS_DEST_ATTR_ACTIVE_CONNS") + dest.get_attr("IPVS_DEST_ATTR_INACT_CONNS"),
+            name = Destination(server, _read(family, dest[_D_ADDRESS]), int.from_bytes(dest[_D_PORT], "big"))
+            weight, active, inactive = (
+                struct.unpack("=I", dest[kind])[0] for kind in (_D_WEIGHT, _D_ACTIVE, _D_INACTIVE)
             )
+            found[name] = Load(weight, active + inactive)
         return found
 
-    # -- writing -----------------------------------------------------------------------------------
-
-    def set_server(self, server: Server, settings: Settings, *, is_there: bool) -> None:
-        """Make or change a virtual server."""
-        self._do(
-            f"write virtual server {_text(server)} with scheduler {settings.scheduler}",
-            *("service", "set" if is_there else "add", _service(server, settings)),
-        )
-
-    def remove_server(self, server: Server) -> None:
-        """Remove a virtual server and its destinations; it may be gone already."""
-        self._do(f"remove virtual server {_text(server)}", "service", "del", _key(server), gone=errno.ESRCH)
-
-    def set_destination(self, destination: Destination, weight: int, *, is_there: bool) -> None:
-        """Make or change a destination."""
-        self._do(
-            f"write destination {_text(destination)} of {_text(destination.server)}",
-            *("dest", "set" if is_there else "add", _key(destination.server), _dest(destination, weight)),
-        )
-
-    def remove_destination(self, destination: Destination) -> None:
-        """Remove a destination; it may be gone already."""
-        self._do(
-            f"remove destination {_text(destination)} of {_text(destination.server)}",
-            *("dest", "del", _key(destination.server), _dest(destination, 0)),
-            gone=errno.ENOENT,
-        )
-
-    def set_timeouts(self, timeouts: Timeouts) -> None:
-        """Change how long connections are remembered."""
-        from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
-        from pyroute2.netlink.exceptions import NetlinkError
-        from pyroute2.netlink.generic import ipvs
-
-        message = ipvs.ipvsmsg()
-        message["cmd"], message["version"] = ipvs.IPVS_CMD_SET_CONFIG, ipvs.GENL_VERSION
-        names = ("TCP", "TCP_FIN", "UDP")
-        message["attrs"] = [
-            (f"IPVS_CMD_ATTR_TIMEOUT_{name}", struct.pack("=I", value))
-            for name, value in zip(names, timeouts, strict=True)
-        ]
-        try:
-            self._socket.nlm_request(message, msg_type=self._socket.prid, msg_flags=NLM_F_REQUEST | NLM_F_ACK)
-        except NetlinkError as error:
-            raise KernelError(f"set the timeouts of IPVS: {os.strerror(error.code)}", error.code) from error
-
-    def _do(self, what: str, noun: str, verb: str, *arguments: Any, gone: int | None = None) -> list[Any]:
-        from pyroute2.netlink.exceptions import NetlinkError
-
-        try:
-            return list(getattr(self._socket, noun)(verb, *arguments) or ())
-        except NetlinkError as error:
-            if gone is not None and error.code in (gone, errno.ESRCH):
-                return []
-            raise KernelError(f"{what}: {os.strerror(error.code)}", error.code) from error
+    def _message(self, command: int, body: bytes = b"") -> Message:
+        return Message(self._family, _GENERIC.pack(command, 1, 0) + body)
 
 
-def _text(server: Server | Destination) -> str:
-    return f"[{server.address}]:{server.port}" if ":" in server.address else f"{server.address}:{server.port}"
+def _server(service: dict[int, bytes]) -> Server:
+    family, protocol = (struct.unpack("=H", service[kind])[0] for kind in (_AF, _PROTOCOL))
+    return Server(protocol, _read(family, service[_ADDRESS]), int.from_bytes(service[_PORT], "big"))
 
 
-def _netmask(address: str) -> str:
-    """Return what makes persistence look at whole client addresses."""
-    return socket.inet_ntoa(struct.pack("=I", 128)) if ":" in address else "255.255.255.255"
-
-
-def _key(server: Server) -> Any:
-    from pyroute2 import IPVSService
-
-    return IPVSService(addr=server.address, port=server.port, protocol=server.protocol)
-
-
-def _service(server: Server, settings: Settings) -> Any:
-    from pyroute2 import IPVSService
-
-    return IPVSService(
-        addr=server.address,
-        port=server.port,
-        protocol=server.protocol,
-        sched_name=settings.scheduler,
-        flags={"flags": settings.flags, "mask": _EVERY_FLAG},
-        timeout=settings.timeout_s,
-        netmask=_netmask(server.address),
-    )
-
-
-def _dest(destination: Destination, weight: int) -> Any:
-    from pyroute2 import IPVSDest
-
-    return IPVSDest(addr=destination.address, port=destination.port, weight=weight, fwd_method=_MASQUERADE)
+def _read(family: int, packed: bytes) -> str:
+    return socket.inet_ntop(family, packed[: 16 if family == socket.AF_INET6 else 4])

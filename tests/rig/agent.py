@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rig.objects import Object
     from rig.process import Place, Process
 
-START_S = 60  # BCC compiles at start, on a machine that may be busy
+START_S = 180  # BCC compiles at start, on a machine that may be busy, or emulated
 
 
 class Home(Protocol):

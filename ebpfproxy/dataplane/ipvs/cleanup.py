@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ebpfproxy import netlink, sysctl
 from ebpfproxy.dataplane.ipvs.sets import kinds
 from ebpfproxy.errors import UnsupportedError
-from ebpfproxy.netlink.ipvs import Ipvs
+from ebpfproxy.netlink.ipvs import Ipvs, remove_server
 from ebpfproxy.xtables import cleanup as chains
 from ebpfproxy.xtables import sets
 
@@ -52,6 +52,5 @@ def _remove_servers(vips: frozenset[str], local: set[str], node_ports: tuple[int
             for server in ipvs.servers()
             if server.address in vips or (server.address in local and first <= server.port <= last)
         ]
-        for server in ours:
-            ipvs.remove_server(server)
+        ipvs.run([remove_server(server) for server in ours])
     return [f"{len(ours)} virtual server{'' if len(ours) == 1 else 's'}"] if ours else []

@@ -22,7 +22,18 @@ from ebpfproxy.diff import diff
 from ebpfproxy.errors import DataplaneError, UnsupportedError
 from ebpfproxy.model.addresses import family
 from ebpfproxy.model.services import Protocol, Scheduler
-from ebpfproxy.netlink.ipvs import Destination, Ipvs, Server, Timeouts
+from ebpfproxy.netlink.ipvs import (
+    Destination,
+    Ipvs,
+    Operation,
+    Server,
+    Timeouts,
+    remove_destination,
+    remove_server,
+    set_destination,
+    set_server,
+    set_timeouts,
+)
 from ebpfproxy.xtables import sets
 from ebpfproxy.xtables.programmer import Programmer
 from ebpfproxy.xtables.tool import Tool, can_read, choose_variant
@@ -123,7 +134,7 @@ class IpvsDataplane:
         self.problems += self._ledger.set({**wanted, **self.options.settings})
         if any(self.options.timeouts):
             with Ipvs() as ipvs:
-                ipvs.set_timeouts(self.options.timeouts)
+                ipvs.run([set_timeouts(self.options.timeouts)])
         self._checked_s = time.monotonic()
 
     def close(self) -> None:
@@ -220,36 +231,45 @@ class IpvsDataplane:
         if addresses.upsert or have is not self._have:
             netlink.add_addresses(DEVICE, addresses.upsert)
         servers = diff(have.servers, want.servers)
-        for server, settings in servers.upsert.items():
-            ipvs.set_server(server, settings, is_there=server in have.servers)
-        left = self._write_destinations(ipvs, have, want, servers.delete)
-        for server in servers.delete:
-            ipvs.remove_server(server)
+        written, left = self._destinations(have, want, servers.delete)
+        ipvs.run(
+            [
+                *(
+                    set_server(server, settings, is_there=server in have.servers)
+                    for server, settings in servers.upsert.items()
+                ),
+                *written,
+                *map(remove_server, servers.delete),
+            ]
+        )
+        self._draining = left
         if addresses.delete:
             netlink.remove_addresses(DEVICE, addresses.delete)
         sets.restore(deleted)
         self._have = want._replace(destinations={**want.destinations, **dict.fromkeys(left, 0)})
 
-    def _write_destinations(
-        self, ipvs: Ipvs, have: Rendered, want: Rendered, gone: Sequence[Server]
-    ) -> set[Destination]:
-        """Write destinations; return those that stay with weight 0 until their connections have ended."""
+    @staticmethod
+    def _destinations(
+        have: Rendered, want: Rendered, gone: Sequence[Server]
+    ) -> tuple[list[Operation], set[Destination]]:
+        """Return what to do to destinations, and which stay with weight 0 until their connections end."""
         delta = diff(have.destinations, want.destinations)
-        for destination, weight in delta.upsert.items():
-            ipvs.set_destination(destination, weight, is_there=destination in have.destinations)
+        written = [
+            set_destination(destination, weight, is_there=destination in have.destinations)
+            for destination, weight in delta.upsert.items()
+        ]
         lost = set(gone)
         left = set()
         for destination in delta.delete:
             if destination.server in lost:
                 continue
             if destination.server.protocol != _DRAINED:
-                ipvs.remove_destination(destination)
+                written.append(remove_destination(destination))
                 continue
             left.add(destination)
             if have.destinations[destination] != 0:
-                ipvs.set_destination(destination, 0, is_there=True)
-        self._draining = left
-        return left
+                written.append(set_destination(destination, 0, is_there=True))
+        return written, left
 
     def _drain(self, ipvs: Ipvs) -> None:
         """Remove destinations of weight 0 that have no connections."""
@@ -259,7 +279,7 @@ class IpvsDataplane:
             for destination in [each for each in self._draining if each.server == server]:
                 if destination in loads and loads[destination].connections:
                     continue
-                ipvs.remove_destination(destination)
+                ipvs.run([remove_destination(destination)])
                 self._draining.discard(destination)
                 self._have.destinations.pop(destination, None)
 
