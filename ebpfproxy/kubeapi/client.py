@@ -116,6 +116,7 @@ class Client:
             response = self._send(path, query, encoding, read_s, content)
         if response.status in (200, 201):
             return response
+        body = b""
         with suppress(*_FAILURES):
             body = response.read(_ERROR_MAX)
         response.close()

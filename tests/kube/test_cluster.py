@@ -274,6 +274,31 @@ def test_no_rights_are_said(kube: Kube, net: Topology, kubeconfig: Path, agent: 
     eventually(lambda: not agent.status()["problems"], "no problem to be left")
 
 
+# A pod's view: its service account's volume where every pod has it, and no flag that says anything.
+IN_POD = """
+mount -t tmpfs none /run
+account=/run/secrets/kubernetes.io/serviceaccount
+mkdir -p $account
+cp "$1" $account/token; cp "$2" $account/ca.crt
+shift 2
+exec "$@"
+"""
+
+
+def test_in_a_pod(kube: Kube, net: Topology, kubeconfig: Path) -> None:
+    prefix = ["unshare", "--mount", "sh", "-ec", IN_POD, "pod"]
+    prefix += [str(net.directory / "token"), str(kube.cluster.authority.certificate)]
+    host, _, port = kube.cluster.url.removeprefix("https://").partition(":")
+    env = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
+    with Agent(net, source=[], prefix=prefix, env=env) as agent:
+        kube.serve("web", net.pods[0].v4)
+        agent.wait_backends("default/web:http", {net.pods[0].v4})
+        assert agent.status()["server"] == kube.cluster.url
+        kube.delete(SLICES, "web-v4")
+        kube.delete(SERVICES, "web")
+        wait_names(agent)
+
+
 def test_a_loopback_endpoint_that_this_server_lets_pass(kube: Kube, net: Topology, kubeconfig: Path) -> None:
     """1.20 does not look at the addresses of a slice; the agent does."""
     with running(net, kubeconfig) as agent:

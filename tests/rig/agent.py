@@ -62,7 +62,7 @@ class Agent:
         env: further environment.
         attach: how to attach to devices: auto, tcx or clsact.
         prefix: a command that starts the agent: one that drops rights, say.
-        source: flags that say where Services come from; none = its own manifests.
+        source: flags that say where Services come from; None = its own manifests.
     """
 
     live: ClassVar[list[Agent]] = []
@@ -78,7 +78,7 @@ class Agent:
         env: dict[str, str] | None = None,
         attach: str = "auto",
         prefix: Sequence[str] = (),
-        source: Sequence[str | Path] = (),
+        source: Sequence[str | Path] | None = None,
     ) -> None:
         self.prefix = list(prefix)
         self.net, self.mode, self.loader = net, mode, loader
@@ -86,7 +86,7 @@ class Agent:
         directory = net.directory / unique("agent")
         self.manifests, self.state_dir = directory / "manifests", directory / "state"
         self.manifests.mkdir(parents=True)
-        self.source = list(source) or ["--manifests", self.manifests]
+        self.source = ["--manifests", self.manifests] if source is None else list(source)
         self.config_file: Path | None = None
         if attach != "auto":
             config = dict(config or {})
