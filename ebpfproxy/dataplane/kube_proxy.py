@@ -270,7 +270,10 @@ def cleanup(*, now: bool = False) -> list[str]:
 def remove_keeper() -> list[str]:
     """Remove the table that ``cleanup`` added; return what was removed."""
     nft = _Nft()
-    found = [family for family, name in nft.tables() if name == KEEPER]
+    try:
+        found = [family for family, name in nft.tables() if name == KEEPER]
+    except DataplaneError:  # who may not look did not make it
+        return []
     if found:
         nft.run("".join(f"delete table {family} {KEEPER}\n" for family in found))
     return [f"nftables table {family} {KEEPER}" for family in found]
@@ -283,10 +286,21 @@ class _Nft:
         self.path = shutil.which("nft")
 
     def tables(self) -> list[tuple[str, str]]:
-        """Return family and name of each table."""
+        """Return family and name of each table; none where the kernel has no nf_tables.
+
+        Raises:
+            DataplaneError: we may not look.
+        """
         if not self.path:
             return []
-        listed = json.loads(_run([self.path, "--json", "list", "tables"]) or "{}").get("nftables", [])
+        try:
+            said = _run([self.path, "--json", "list", "tables"])
+        except DataplaneError as error:
+            if "not permitted" in str(error):
+                raise
+            self.path = None
+            return []
+        listed = json.loads(said or "{}").get("nftables", [])
         return [(each["table"]["family"], each["table"]["name"]) for each in listed if "table" in each]
 
     def run(self, script: str) -> None:
@@ -298,7 +312,16 @@ class _Nft:
 def _tools() -> list[Tool]:
     """Return the iptables tools to look with; legacy and nft keep rules of their own."""
     every = [Tool(family, variant) for family in (4, 6) for variant in VARIANTS]
-    return [tool for tool in every if tool.is_installed() and tool.is_in_use() and can_read(tool)]
+    here = [tool for tool in every if tool.is_installed() and tool.is_in_use()]
+    readable = [tool for tool in here if can_read(tool)]
+    for tool in here:
+        # A kernel may have no nf_tables; but where legacy tables are, there may be rules in them.
+        if tool not in readable and tool.variant == "legacy":
+            raise DataplaneError(
+                f"look for kube-proxy's rules: {tool.name} can't read the tables that are there; it needs "
+                "CAP_NET_RAW beside CAP_NET_ADMIN"
+            )
+    return readable
 
 
 def _remove_sets() -> list[str]:

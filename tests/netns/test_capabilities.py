@@ -92,6 +92,7 @@ def test_three_are_enough(net: Topology, attach: str) -> None:
         removed = net.on_node_bare.run(
             *only(*ENOUGH),
             *agent.program("cleanup", "--bpffs", net.bpffs, "--state-dir", agent.state_dir),
+            timeout_s=180,
         ).stdout
         assert "removed" in removed
         assert not (net.bpffs / "ebpfproxy").exists()

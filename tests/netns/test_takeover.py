@@ -22,6 +22,7 @@ from rig.topology import NODE_IPS, OUTSIDE_IPS
 from rig.wait import eventually
 
 from . import catalogue as known
+from .test_capabilities import only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -197,6 +198,20 @@ def test_what_keeps_old_connections_goes_with_us(net: Topology) -> None:
     agent.cli("cleanup", "--bpffs", net.bpffs, "--state-dir", agent.state_dir)
     assert count(rules(net), "ebpfproxy-takeover") == 0
     agent.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "status"),
+    [("nft", [], 0), ("legacy", [], 1), ("legacy", ["net_raw"], 0)],
+)
+def test_rights_that_cleanup_needs(net: Topology, kind: str, more: list[str], status: int) -> None:
+    """Rules that can't be looked at are an error, not nothing."""
+    load_iptables(kind)(net)
+    command = Agent.program("cleanup", "--kube-proxy", "--state-dir", net.directory / "none")
+    done = net.on_node_bare.run(*only("net_admin", *more), *command, check=False)
+    assert done.returncode == status
+    assert ("iptables-legacy can't read" in done.stderr) == bool(status)
+    assert (count(rules(net), "KUBE-SVC-") > 0) == bool(status)
 
 
 def test_what_the_ipvs_mode_left(net: Topology) -> None:
