@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import socket
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from rig.agent import Agent
+from rig.agent import START_S, Agent
 from rig.objects import service
 from rig.probe import Load, Probe, more
 from rig.topology import NODE_IPS, OUTSIDE_IPS
@@ -167,8 +166,9 @@ def test_and_back_again(net: Topology) -> None:
         load_nftables(net)
         agent.terminate()
         options: list[str | Path] = ["--state-dir", agent.state_dir, "--bpffs", net.bpffs]
-        draining = net.on_node_bare.start(sys.executable, "-m", "ebpfproxy", "drain", *options)
-        eventually(lambda: "2 go on" in draining.output(), "the two connections of the pod to be counted")
+        draining = stack.enter_context(net.on_node_bare.start(*Agent.program("drain", *options)))
+        counted = "the two connections of the pod to be counted"
+        eventually(lambda: "2 go on" in draining.output(), counted, timeout_s=START_S)
         for probe in probes:
             for address in known.WEB:
                 assert set(probe.tcp(address, 80, 4)) == {"pod1"}, "kube-proxy's choice"
