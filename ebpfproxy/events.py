@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 NORMAL, WARNING = "Normal", "Warning"
-API_PATH = "/apis/events.k8s.io/v1/namespaces/default/events"
+#: Where events of objects without a namespace belong; a server of 1.20 takes them in the second one only.
+NAMESPACES: tuple[str, ...] = ("default", "kube-system")
 _CONTROLLER = "ebpfproxy"
 _NOTE_MAX = 1024  # bytes; the API refuses more
 
@@ -65,7 +66,14 @@ def appeared(group: str, before: Iterable[str], after: Iterable[str]) -> list[Ev
     return [Event(reason, text) for text in after if text not in known] if reason else []
 
 
-def body(event: Event, node: str, instance: str, now: float, number: int) -> dict[str, Any]:
+def path(namespace: str) -> str:
+    """Return where the API server takes events of a namespace."""
+    return f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+
+
+def body(
+    event: Event, node: str, instance: str, now: float, number: int, namespace: str = NAMESPACES[0]
+) -> dict[str, Any]:
     """Return the object that the API server takes.
 
     Args:
@@ -74,13 +82,14 @@ def body(event: Event, node: str, instance: str, now: float, number: int) -> dic
         instance: who says it.
         now: Unix time.
         number: another one for each event of this process.
+        namespace: one of ``NAMESPACES``.
     """
     note = event.note.encode()[:_NOTE_MAX].decode(errors="ignore")
     stamp = dt.datetime.fromtimestamp(now, dt.UTC).isoformat(timespec="microseconds")
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"name": f"{node}.{int(now * 1e6):x}{number:04x}", "namespace": "default"},
+        "metadata": {"name": f"{node}.{int(now * 1e6):x}{number:04x}", "namespace": namespace},
         "eventTime": stamp.replace("+00:00", "Z"),
         "reportingController": _CONTROLLER,
         "reportingInstance": instance,

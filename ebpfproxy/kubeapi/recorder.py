@@ -64,20 +64,23 @@ class Recorder:
     def _run(self) -> None:
         client: Client | None = None
         numbers = itertools.count(os.getpid() % 0x1000)
+        namespaces = events.NAMESPACES
         while not self._is_closed.is_set():
             try:
                 event = self._waiting.get(timeout=_CLOSE_S / 2)
             except queue.Empty:
                 continue
-            content = msgspec.json.encode(
-                events.body(event, self._node, self._instance, time.time(), next(numbers))
-            )
+            now, number = time.time(), next(numbers)
             for attempt in range(_TRIES):
+                content = events.body(event, self._node, self._instance, now, number, namespaces[0])
                 try:
                     client = client or self._connect()
-                    client.post(events.API_PATH, content)
+                    client.post(events.path(namespaces[0]), msgspec.json.encode(content))
                     break
                 except SourceError as error:
+                    if isinstance(error, ApiError) and error.status == 422 and len(namespaces) > 1:
+                        namespaces = namespaces[1:]
+                        continue
                     if isinstance(error, ApiError) and error.status in (400, 403, 404, 409, 422):
                         _log.debug("event refused: %s", error)  # it would be again
                         break

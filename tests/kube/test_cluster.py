@@ -299,6 +299,18 @@ def test_in_a_pod(kube: Kube, net: Topology, kubeconfig: Path) -> None:
         wait_names(agent)
 
 
+def test_events_are_at_the_node(agent: Agent, kube: Kube) -> None:
+    def told() -> bool:
+        found = kube.cluster.request("GET", "/apis/events.k8s.io/v1/events")["items"]
+        return any(
+            (each["regarding"]["kind"], each["regarding"]["name"]) == ("Node", NODE_NAME)
+            and each["reportingController"] == "ebpfproxy"
+            for each in found
+        )
+
+    eventually(told, "an event about the Node")
+
+
 def test_a_loopback_endpoint_that_this_server_lets_pass(kube: Kube, net: Topology, kubeconfig: Path) -> None:
     """1.20 does not look at the addresses of a slice; the agent does."""
     with running(net, kubeconfig) as agent:

@@ -89,8 +89,8 @@ def told(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorde
     made.close()
 
 
-def notes(server: ApiServer) -> list[str]:
-    return [content["note"] for path, content in server.posted if path == events.API_PATH]
+def notes(server: ApiServer, namespace: str = "default") -> list[str]:
+    return [content["note"] for path, content in server.posted if path == events.path(namespace)]
 
 
 def test_the_server_gets_them(server: ApiServer, told: Recorder) -> None:
@@ -120,3 +120,12 @@ def test_a_server_that_does_not_want_them_is_left_alone(server: ApiServer, told:
     told.tell(Event("SyncFailed", "another"))
     eventually(lambda: notes(server) == ["another"], "the other event")
     assert len(asked) == 2
+
+
+def test_a_server_of_1_20_takes_them_in_kube_system_only(server: ApiServer, told: Recorder) -> None:
+    """Its answer, as it gives it: involvedObject.namespace does not match event.namespace."""
+    server.refuse = lambda request: Refusal(422, "Invalid") if "/default/" in request.path else None
+    told.tell(EVENT)
+    told.tell(Event("SyncFailed", "another"))
+    eventually(lambda: notes(server, "kube-system") == [EVENT.note, "another"], "both events")
+    assert {content["metadata"]["namespace"] for _, content in server.posted} == {"kube-system"}

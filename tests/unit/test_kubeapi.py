@@ -542,6 +542,15 @@ def test_answers_of_somebody_in_between(body: bytes, message: str, retry_after_s
     assert (raised.value.status, raised.value.retry_after_s) == (502, retry_after_s)
 
 
+def test_a_refusal_that_breaks_off_is_a_refusal() -> None:
+    with listening() as port:
+        thread = serve_once(port[0], b"HTTP/1.1 503 Busy\r\nContent-Length: 50\r\n\r\n{")
+        with pytest.raises(ApiError, match="HTTP 503") as raised:
+            ask(Client(Access((f"http://127.0.0.1:{port[1]}",), "")))
+        thread.join()
+    assert raised.value.status == 503
+
+
 @pytest.mark.parametrize(
     "answer",
     [
