@@ -45,6 +45,7 @@ class Combination(NamedTuple):
     affinity: str
     scheduler: str
     ranges: str
+    forwarding: str
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -62,6 +63,7 @@ VALUES: dict[str, list[str | int]] = {
     "affinity": ["None", "ClientIP"],
     "scheduler": ["rr", "sh", "maglev", "lc"],
     "ranges": ["open", "allowed", "others"],
+    "forwarding": ["snat", "dsr", "hybrid"],
 }
 PLACES = {"here": ["pod11"], "there": ["pod21"], "both": ["pod11", "pod21", "pod31"]}
 
@@ -91,6 +93,8 @@ def expected(it: Combination) -> dict[str, str] | str:
         return dict.fromkeys(usable, own)
     if it.entry == "cluster-ip":
         return dict.fromkeys(usable, "node-1")
+    if it.forwarding == "dsr" or (it.forwarding == "hybrid" and it.transport == "tcp"):
+        return dict.fromkeys(usable, own)
     return {pod: own if pod == "pod11" else "node-1" for pod in usable}
 
 
@@ -126,7 +130,7 @@ def objects(cluster: Cluster, number: int, it: Combination) -> list[Object]:
             ingress=addresses["load-balancer"],
             externalIPs=list(addresses["external-ip"]),
             type="LoadBalancer",
-            annotations={"ebpfproxy.io/scheduler": it.scheduler},
+            annotations={"ebpfproxy.io/scheduler": it.scheduler, "ebpfproxy.io/forwarding": it.forwarding},
             externalTrafficPolicy=it.external_policy,
             internalTrafficPolicy=it.internal_policy,
             sessionAffinity=it.affinity,
