@@ -98,6 +98,7 @@ class Cluster:
         node_count: how many nodes.
         pods_per_node: how many pods each has.
         mtus: of links that are not 1500, by the name of the router's device: ``client``, ``node-1``, ...
+        families: 0 for IPv4, 1 for IPv6; both is dual stack.
         offloads: whether devices leave checksums and segmentation to the next one, as between virtual
             machines of one host; then an XDP program sees unfinished packets.
     """
@@ -105,6 +106,7 @@ class Cluster:
     node_count: int = 2
     pods_per_node: int = 2
     mtus: Mapping[str, int] = field(default_factory=dict)
+    families: tuple[int, ...] = (0, 1)
     offloads: bool = False
 
     def __enter__(self) -> Self:
@@ -156,7 +158,11 @@ class Cluster:
         """Make the router send VIPs to ``node`` from now on."""
         self._ip(
             self.router,
-            *(f"route replace {cidr} via {node.ips[':' in cidr]}" for cidr in VIP_CIDRS),
+            *(
+                f"route replace {cidr} via {node.ips[':' in cidr]}"
+                for cidr in VIP_CIDRS
+                if (":" in cidr) in self.families
+            ),
         )
 
     def narrow(self, destinations: Iterable[str], mtu: int) -> None:
@@ -199,7 +205,7 @@ class Cluster:
 
     def _configure_client(self) -> None:
         lines = ["link set eth0 up"]
-        for family in (0, 1):
+        for family in self.families:
             lines += [
                 f"address add {CLIENT_IPS[family]}/{(24, 64)[family]} dev eth0",
                 f"address add {OTHER_CLIENT_IPS[family]}/{(24, 64)[family]} dev eth0"
@@ -212,15 +218,16 @@ class Cluster:
     def _configure_router(self) -> None:
         lines = [
             "link set client up",
-            f"address add {ROUTER_IPS[0]}/24 dev client",
-            f"address add {ROUTER_IPS[1]}/64 dev client",
+            *(f"address add {ROUTER_IPS[family]}/{(24, 64)[family]} dev client" for family in self.families),
         ]
         for node in self.nodes:
             lines += [
                 f"link set {node.node_name} up",
-                f"address add {node.router_ips[0]}/24 dev {node.node_name}",
-                f"address add {node.router_ips[1]}/64 dev {node.node_name}",
-                *(f"route add {node.pod_cidrs[family]} via {node.ips[family]}" for family in (0, 1)),
+                *(
+                    f"address add {node.router_ips[family]}/{(24, 64)[family]} dev {node.node_name}"
+                    for family in self.families
+                ),
+                *(f"route add {node.pod_cidrs[family]} via {node.ips[family]}" for family in self.families),
             ]
         self._forward(self.router)
         self._ip(self.router, *lines)
@@ -229,13 +236,12 @@ class Cluster:
     def _configure_node(self, node: Node) -> None:
         lines = [
             "link set eth0 up",
-            f"address add {node.ips[0]}/24 dev eth0",
-            f"address add {node.ips[1]}/64 dev eth0",
-            *(f"route add default via {address}" for address in node.router_ips),
+            *(f"address add {node.ips[family]}/{(24, 64)[family]} dev eth0" for family in self.families),
+            *(f"route add default via {node.router_ips[family]}" for family in self.families),
         ]
         for pod in node.pods:
             lines.append(f"link set {pod.device} up")
-            for family in (0, 1):
+            for family in self.families:
                 lines += [
                     f"address add {node.gateways[family]}/{(32, 128)[family]} dev {pod.device}",
                     f"route add {pod.ips[family]} dev {pod.device}",
@@ -245,7 +251,7 @@ class Cluster:
         self._devices(node.netns, ["eth0", *(pod.device for pod in node.pods)])
         for pod in node.pods:
             lines = ["link set eth0 up"]
-            for family in (0, 1):
+            for family in self.families:
                 lines += [
                     f"address add {pod.ips[family]}/{(32, 128)[family]} dev eth0",
                     f"route add {node.gateways[family]} dev eth0",
@@ -271,7 +277,7 @@ class Cluster:
     @staticmethod
     def _ip(netns: Netns, *lines: str) -> None:
         for family in ("-4", "-6"):
-            mine = [line for line in lines if (_family(line) == "-6") == (family == "-6")]
+            mine = [line for line in lines if _family(line) == family]
             netns.place().run("ip", family, "-batch", "-", text="\n".join(mine))
 
     def _devices(self, netns: Netns, names: Sequence[str], *, polls: bool = False) -> None:

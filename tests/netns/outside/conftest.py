@@ -58,13 +58,14 @@ def start_agents(
     objects: Sequence[Object],
     mode: Mode,
     config: dict[str, object] | None = None,
+    families: Sequence[int] = (0, 1),
 ) -> list[Agent]:
     """Start an agent on every node, side by side, all with the same manifests."""
     agents = []
     for node in cluster.nodes:
         agent = Agent(node, config=config or table.CONFIG, arguments=mode.arguments)
         stack.callback(agent.stop)
-        agent.write(*table.node_objects(cluster), *objects)
+        agent.write(*table.node_objects(cluster, families), *objects)
         agents.append(agent.start(wait=False))
     for agent in agents:
         agent.wait_notified("READY=1")

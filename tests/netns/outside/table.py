@@ -12,7 +12,7 @@ from rig.cluster import CLIENT_IPS, CLUSTER_CIDRS, OTHER_CLIENT_IPS, ROUTER_IPS,
 from rig.objects import endpoint_slice, service
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rig.cluster import Node
     from rig.objects import Object
@@ -140,7 +140,7 @@ def _node(cluster: Cluster, name: str) -> Node:
     return next(node for node in cluster.nodes if node.node_name == name)
 
 
-def node_objects(cluster: Cluster) -> list[Object]:
+def node_objects(cluster: Cluster, families: Sequence[int] = (0, 1)) -> list[Object]:
     """Return the Node objects."""
     return [
         {
@@ -150,8 +150,10 @@ def node_objects(cluster: Cluster) -> list[Object]:
                 "name": node.node_name,
                 "labels": {"topology.kubernetes.io/zone": ZONES[node.number - 1]},
             },
-            "spec": {"podCIDRs": list(node.pod_cidrs)},
-            "status": {"addresses": [{"type": "InternalIP", "address": address} for address in node.ips]},
+            "spec": {"podCIDRs": [node.pod_cidrs[family] for family in families]},
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": node.ips[family]} for family in families]
+            },
         }
         for node in cluster.nodes
     ]

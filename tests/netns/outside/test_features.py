@@ -243,3 +243,42 @@ def test_ten_thousand_source_ranges(nothing_left: None, record_property: Any) ->
         assert limit >= 2 * 10_000, "a Service port is TCP or UDP: each has its own"
         agent.write(*objects(many))
         eventually(lambda: not any(enters(f, clients[f]) for f in (0, 1)), "the ranges' end", timeout_s=30)
+
+
+# --- one IP family alone
+
+
+@families
+def test_single_stack(nothing_left: None, family: int) -> None:
+    """Nodes, pods and Services without an address of the other family."""
+    cidr, cluster_range = CLUSTER_CIDRS[family], ("10.96.0.0/16", "fd00:96::/112")[family]
+    config: dict[str, Any] = {
+        "ipvs": {"scheduler": "rr"},
+        "clusterCIDR": cidr,
+        "ebpfproxy": {"serviceClusterIPRange": cluster_range},
+    }
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(node_count=2, pods_per_node=2, families=(family,)))
+        stack.enter_context(name_servers([(name, pod.place) for name, pod in cluster.pods.items()], 8080))
+        addresses = vips(1)
+        objects = []
+        for name, port in (("web", 30001), ("empty", 30002)):
+            ip = addresses["ingress" if name == "web" else "externalIPs"][family]
+            made = service(name, *(each | {"nodePort": port} for each in table.PORTS), type="NodePort")
+            made["spec"] |= {"ipFamilies": [("IPv4", "IPv6")[family]], "externalIPs": [ip]}
+            objects.append(made)
+        objects.append(slices(cluster, "web", ["pod11", "pod21"], *table.TARGETS)[family])
+        agents = start_agents(stack, cluster, objects, MODES[0], config, families=(family,))
+        who = table.owners(cluster, family)
+        client = stack.enter_context(Probe(cluster.place("client")))
+        node = cluster.nodes[0].ips[family]
+        bind = (CLIENT_IPS[family], 0)
+        for address, port in ((node, 30001), (addresses["ingress"][family], 80)):
+            for answers in (
+                client.answers(address, port, 4, bind),
+                client.udp_answers(address, port, 4, bind=bind),
+            ):
+                assert table.readable(answers, who) == {"pod11<client", "pod21<node-1"}
+        with client.impatient(0.9), pytest.raises(ConnectionRefusedError):
+            client.tcp(node, 30002, bind=bind)
+        assert not agents[0].status()["problems"]
