@@ -153,15 +153,14 @@ def nodes(nothing_left: None) -> Iterator[list[Node]]:
             stack.enter_context(agent)
             places = {"node": net.on_node, "pod": net.pods[3].place, "outside": net.from_outside}
             probes = {name: stack.enter_context(Probe(place)) for name, place in places.items()}
-            for probe in probes.values():
-                stack.enter_context(probe.impatient(0.4))
             found.append(Node(mode, net, agent, probes))
         yield found
 
 
-def ask(node: Node, origin: str, target: Target, wanted: Wanted) -> dict[str, str]:
+def ask(node: Node, origin: str, target: Target, wanted: Wanted, patience_s: float = 0.4) -> dict[str, str]:
     """Return who answers, and what each sees: the client's own address, or the node's."""
     probe, count = node.probes[origin], 6
+    probe.call("timeout", patience_s)
     try:
         if wanted.protocol == "TCP":
             answers = probe.answers(target.address, target.port, count)
@@ -220,6 +219,8 @@ def test_modes_agree(nodes: list[Node], wanted: list[Wanted], places: tuple[str,
                 if not is_compared(origin, target, one):
                     continue
                 seen = {node.mode: ask(node, origin, target, one) for node in nodes}
+                if not agree(seen, origin, target, one):  # on a busy machine an answer may take its time
+                    seen = {node.mode: ask(node, origin, target, one, patience_s=5) for node in nodes}
                 if not agree(seen, origin, target, one):
                     differences.append(f"{origin} to {target.kind} of {one}, pods on {places}: {seen}")
     note("\n".join(differences))
