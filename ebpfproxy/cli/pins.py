@@ -28,4 +28,4 @@ def open_maps(bpffs: Path | None) -> view.Maps:
     except DataplaneError as error:
         if isinstance(error.__cause__, PermissionError):
             raise
-        raise NothingError(str(error)) from error
+        raise NothingError(f"{error}; these commands read the maps of mode bpf alone") from error

@@ -71,6 +71,8 @@ def _lines(
         lines += _several("problems", said.problems)
         lines += _several("not done", said.unsupported)
         lines += _several("no effect", said.unused_settings)
+    if verdicts is None and said is not None and said.mode not in ("", "bpf"):
+        return lines  # only BPF programs count what they do
     if verdicts is None:
         return [*lines, ("kernel", "nothing is programmed")]
     counted = [f"{count} {name}" for name, count in verdicts.items() if count]

@@ -10,9 +10,11 @@ import pytest
 
 from ebpfproxy import config, files, metrics
 from ebpfproxy.config import Config
-from ebpfproxy.dataplane import modes
+from ebpfproxy.dataplane import chosen as chosen_module
+from ebpfproxy.dataplane import modes, nat
 from ebpfproxy.dataplane.chosen import RECORD, ChosenDataplane, PassedOver
 from ebpfproxy.dataplane.modes import Made, Site
+from ebpfproxy.dataplane.nftables import kernel
 from ebpfproxy.errors import ConfigError, DataplaneError, EbpfproxyError, KernelError, UnsupportedError
 from ebpfproxy.model.services import DesiredState
 from fake_maps import service
@@ -197,6 +199,35 @@ def test_a_mode_that_auto_could_not_start_leaves_nothing(machine: Machine) -> No
     chosen.tick()
     assert machine.events[-1] == "bpf removed"
     assert machine.record() == {"nftables": ""}
+
+
+def test_translated_connections_keep_their_nat_until_the_last_one_ends(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a mode that lets the kernel translate to one that has no chain of NAT itself."""
+    is_needed = [True, False]
+    monkeypatch.setattr(kernel, "is_missing", lambda: False)
+    monkeypatch.setattr(nat, "hold", lambda: machine.events.append("nat held"))
+    monkeypatch.setattr(nat, "is_needed", lambda: is_needed.pop(0))
+    monkeypatch.setattr(nat, "release", lambda: machine.events.append("nat released"))
+    monkeypatch.setattr(chosen_module, "KEEPER_CHECK_S", 0)
+    machine.choose("nftables").start()
+    second = machine.choose("bpf")
+    second.start()
+    second.sync(STATE)
+    machine.events.clear()
+    second.tick()
+    assert machine.events == ["nat held", "nftables removed"], "in this order"
+    assert machine.record() == {"bpf": "", "nat": ""}
+    second.tick()
+    assert machine.record() == {"bpf": "", "nat": ""}, "it is needed"
+    second.close()
+    third = machine.choose("bpf")
+    third.start()
+    third.sync(STATE)
+    third.tick()
+    assert machine.events[-1] == "nat released", "also after a restart"
+    assert machine.record() == {"bpf": ""}
 
 
 def test_the_place_of_the_old_mode_is_remembered(machine: Machine, tmp_path: Path) -> None:

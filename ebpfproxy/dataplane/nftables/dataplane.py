@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class NftablesOptions:
 
     mark: int = 1 << 14  # bit of the packet mark that asks for masquerade
     settings: Mapping[str, str] | None = None  # of the kernel, "net/netfilter/..." -> value
+    check_s: float = 30.0  # after a change by others all is read again, but not more often than this
 
 
 class NftablesDataplane:
@@ -45,6 +47,8 @@ class NftablesDataplane:
         self._tables: Tables | None = None  # None: what the kernel holds has to be read
         self._base: tuple[str, ...] = ()  # as it was last programmed, by family
         self._generation: int | None = None  # None: somebody else may have changed something
+        self._looked_at = 0  # generation in which our tables were there
+        self._read_s = 0.0  # when all was read
         self._cleaner = UdpCleaner()
         self._state: DesiredState | None = None
         self._setting_problems: list[str] = []
@@ -91,8 +95,12 @@ class NftablesDataplane:
 
     def tick(self) -> None:
         """Notice that somebody flushed our tables, and program them again."""
-        if self._tables is None or self._state is None or kernel.generation() == self._generation:
+        if self._tables is None or self._state is None:
             return
+        generation = kernel.generation()
+        if generation in (self._generation, self._looked_at):
+            return
+        self._looked_at = generation
         if kernel.has_tables(self._families):
             return  # looked at closely at the next full sync
         log.warning("somebody removed table %s: it is programmed again", TABLE)
@@ -114,11 +122,13 @@ class NftablesDataplane:
 
     def _program(self, state: DesiredState) -> None:
         generation = kernel.generation()
-        if generation != self._generation:
-            self._tables = None
-        commands = ""
+        if self._tables is not None and generation != self._generation:
+            is_due = time.monotonic() - self._read_s >= self.options.check_s
+            if is_due or not kernel.has_tables(self._families):
+                self._tables = None
+        commands, is_clean = "", generation == self._generation
         if self._tables is None:
-            commands = self._read()
+            commands, is_clean = self._read(), True
         tables = self._tables
         assert tables
         wanted = tuple(
@@ -140,12 +150,13 @@ class NftablesDataplane:
         self._base = wanted
         now = kernel.generation()
         # One more is our own transaction; else somebody else had one in between.
-        self._generation = now if now == generation + bool(commands) else None
+        self._generation = now if is_clean and now == generation + bool(commands) else None
         self._serve_loopback(state)
 
     def _read(self) -> str:
         """Read what is programmed; return commands that make room where it is not ours or not whole."""
         found = kernel.read(self._families)
+        self._read_s = time.monotonic()
         self._base = ()
         self._tables = Tables(found or {}, self._families, self.options.mark)
         return "" if found is not None else remove(self._families)

@@ -30,7 +30,11 @@ def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     from ebpfproxy.sysctl import Ledger
 
     stack.callback(NetworkLock("nftables").close)
-    options = NftablesOptions(mark=1 << settings.masquerade_bit, settings=conntrack.settings_of(settings))
+    options = NftablesOptions(
+        mark=1 << settings.masquerade_bit,
+        settings=conntrack.settings_of(settings),
+        check_s=settings.max_sync_s / 2,  # so that each full sync does it
+    )
     dataplane = NftablesDataplane(options, Ledger(site.state_dir / SETTINGS))
     return Made(dataplane, site._replace(cgroup=None, bpffs=None))
 
