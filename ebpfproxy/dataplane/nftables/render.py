@@ -116,19 +116,19 @@ def render(service: Service, node: Node) -> Fragment:
     protocol = service.protocol.lower()
     for frontend in service.frontends:
         inside = _verdict(builder, service, frontend.kind, node, is_external=False)
+        key = f"{frontend.address} . {protocol} . {frontend.port}"
+        if frontend.address and frontend.address not in node.local:
+            builder.element("vips", frontend.address)  # else all other ports of this node were refused
+        if frontend.kind is FrontendKind.CLUSTER_IP:
+            builder.element("cluster-vips", frontend.address)
+            builder.element("cluster-ips", key, inside)
+            continue
         outside = _verdict(builder, service, frontend.kind, node, is_external=True)
         if frontend.kind is FrontendKind.NODE_PORT:
             key = f"{protocol} . {frontend.port}"
             builder.element("node-ports", key)
             builder.element("internal-node-ports", key, inside)
             builder.element("external-node-ports", key, outside)
-            continue
-        key = f"{frontend.address} . {protocol} . {frontend.port}"
-        if frontend.address not in node.local:  # else all other ports of this node were refused
-            builder.element("vips", frontend.address)
-        if frontend.kind is FrontendKind.CLUSTER_IP:
-            builder.element("cluster-vips", frontend.address)
-            builder.element("cluster-ips", key, inside)
         else:
             builder.element("internal-ips", key, inside)
             builder.element("external-ips", key, outside)

@@ -71,10 +71,10 @@ class Tables:
     def _replace(self, old: Fragment | None, new: Fragment | None) -> None:
         if old:
             self._owners.subtract(old.objects.keys())
-            self._touched |= old.objects.keys()
+            self._touched.update(old.objects)  # |= of a set and the keys of a dict copies the set
         if new:
             self._owners.update(new.objects.keys())
-            self._touched |= new.objects.keys()
+            self._touched.update(new.objects)
 
 
 def transaction(delta: Delta[Object, str], bodies: Mapping[Object, str], have: Mapping[Object, str]) -> str:
