@@ -80,6 +80,7 @@ def ns_per_packet(maps_dir: Path, repeat: int) -> dict[str, float]:
                     dport=pack_port(new_target[1]),
                     state=lib.FLOW_REPLIED,
                     flags=0,
+                    syn_tries=0,
                     service=0,
                     backend=0,
                     last_seen_ns=0,

@@ -244,6 +244,47 @@ static __always_inline enum verdict bind_socket(struct bpf_sock *ctx, const stru
 	return service ? VERDICT_BIND_DENIED : VERDICT_NOT_OURS;
 }
 
+/* How connects of sockets end, for services in map outliers. Attached only where there is such a service. */
+SEC("sockops")
+int sock_watch(struct bpf_sock_ops *ops)
+{
+	struct socket_flow *flow;
+	struct socket_key key;
+	__u32 service, backend;
+
+	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ops->op != BPF_SOCK_OPS_STATE_CB &&
+	    ops->op != BPF_SOCK_OPS_RTO_CB)
+		return 1;
+	connected_key(&key, bpf_get_socket_cookie(ops), IPPROTO_TCP);
+	flow = map_lookup(sockets, &key);
+	if (!flow)
+		return 1;
+	service = flow->service;
+	backend = flow->backend;
+	switch (ops->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		if (map_lookup(outliers, &service))
+			bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG |
+							       BPF_SOCK_OPS_RTO_CB_FLAG);
+		break;
+	case BPF_SOCK_OPS_RTO_CB:
+		/* Its SYN was not answered in time. */
+		if (ops->state == BPF_TCP_SYN_SENT)
+			note_failure(service, backend, bpf_ktime_get_ns());
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ops->args[0] != BPF_TCP_SYN_SENT)
+			break;
+		if (ops->args[1] == BPF_TCP_ESTABLISHED)
+			note_success(backend);
+		else
+			note_failure(service, backend, bpf_ktime_get_ns());
+		bpf_sock_ops_cb_flags_set(ops, 0);
+		break;
+	}
+	return 1;
+}
+
 SEC("cgroup/connect4")
 int sock_connect4(struct bpf_sock_addr *ctx)
 {

@@ -409,7 +409,13 @@ class Agent:
         resolution = self._resolver.resolve(
             objects,
             node_context(objects, self.node_name),
-            ResolveOptions(self._scheduler(), self.settings.maglev_size, self.settings.forwarding),
+            ResolveOptions(
+                self._scheduler(),
+                self.settings.maglev_size,
+                self.settings.forwarding,
+                self.settings.syn_retries,
+                self.settings.outlier_ejection,
+            ),
             None if changed is None else allocation.changed,
         )
         self._must_compare = self._feed.is_new = False

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND,
+    BACKEND_HEALTH,
     BACKEND_STATS,
     PROTOCOL_NUMBER,
     SERVICE,
@@ -46,9 +47,12 @@ LIMITS = {
     "local_sources": 8,
     "node_sources": 8,
     "dsr_backends": 32,
+    "outliers": 32,
+    "backend_health": 128,
 }
 ELEMENT = {
     "backends": BACKEND.size,
+    "backend_health": BACKEND_HEALTH.size,
     "backend_stats": BACKEND_STATS.size,
     "service_stats": SERVICE_STATS.size,
     "slots": SLOT_SIZE,

@@ -100,6 +100,7 @@ enum service_flag {
 	SERVICE_SNAT = 8,		/* to a backend on another node: a source that may be elsewhere becomes this node's */
 	SERVICE_SNAT_ALL = 16,		/* to every backend */
 	SERVICE_DSR = 32,		/* to a backend on another node: as it is, in an IP packet of this node */
+	SERVICE_EJECTS = 128,		/* backends that fail are passed over: map outliers */
 };
 
 /* Value of map services. One update of it switches a frontend to another set of backends. */
@@ -111,7 +112,7 @@ struct service {
 	__u8 scheduler;			/* enum scheduler */
 	__u8 flags;			/* bits of enum service_flag */
 	__u8 kind;			/* the one enum vip_kind bit of this frontend (VIP_NODE = NodePort) */
-	__u8 pad;
+	__u8 syn_tries;			/* so many more backends get a SYN that was not answered */
 };
 
 enum backend_state {
@@ -159,6 +160,8 @@ struct service_stats {
 	__u64 connections;		/* new connections accepted */
 	__u64 refused;			/* new connections rejected or dropped */
 	__u64 next;			/* round-robin position */
+	__u64 retried;			/* openings that were not answered and went to another backend */
+	__s64 ejected;			/* backends that are passed over now; the agent recounts */
 	__u64 packets;			/* as in struct backend_stats, of all backends there ever were */
 	__u64 octets;
 	__u64 reply_packets;
@@ -199,6 +202,20 @@ struct socket_flow {
 	__u32 backend;
 	__u8 pad[4];
 	__u64 last_used_ns;		/* CLOCK_MONOTONIC; written at most once a second */
+};
+
+/* Key of hash outliers: service id (__u32). Value: when a backend is passed over for failing. */
+struct outlier {
+	__u32 failures;			/* in a row */
+	__u32 seconds;			/* for so long */
+	__u32 most;			/* so many backends at the same time, at most */
+};
+
+/* Value of array backend_health, same index as backends. Written by the programs, for services in map outliers. */
+struct backend_health {
+	__u64 ejected_until_ns;		/* CLOCK_MONOTONIC; 0: it is not passed over */
+	__u32 failures;			/* openings in a row that were refused or not answered */
+	__u32 ejections;		/* how often it was passed over */
 };
 
 enum hop_kind {
@@ -275,6 +292,7 @@ enum flow_flag {
 	FLOW_LOCAL = 2,			/* the backend is on this node */
 	FLOW_DSR = 4,			/* not at all: encapsulated, from src to dst; there is no other direction */
 	FLOW_DSR_IN = 8,		/* came encapsulated from another node */
+	FLOW_WATCHED = 128,		/* failures of the backend are counted */
 };
 
 /* Value of maps conntrack and new_flows. */
@@ -285,7 +303,8 @@ struct flow {
 	__be16 dport;
 	__u8 state;			/* bits of enum flow_state */
 	__u8 flags;			/* bits of enum flow_flag */
-	__u8 pad[2];
+	__u8 syn_tries;			/* as in struct service, what is left */
+	__u8 pad;
 	__u32 service;
 	__u32 backend;
 	__u64 last_seen_ns;		/* CLOCK_MONOTONIC; written at most once a second */

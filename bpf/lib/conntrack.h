@@ -158,6 +158,12 @@ static __always_inline void note_packet(struct scratch *room, struct flow *flow,
 	add_counts(packet, flow);
 	if (is_closed(after) && !is_closed(before))
 		close_backend(flow->backend);
+	if (flow->flags & FLOW_WATCHED && !(before & FLOW_REPLIED) && after & FLOW_REPLIED) {
+		if (packet->events & EVENT_RESET)
+			note_failure(flow->service, flow->backend, now);
+		else
+			note_success(flow->backend);
+	}
 	if (!has_twin(flow))
 		return;
 	make_twin_key(key, flow, &room->twin_key);
@@ -227,6 +233,18 @@ static __always_inline bool is_over(const struct packet *packet, const struct fl
 	backend = map_lookup(backends, &id);
 	return !backend || !is_serving(backend) ||
 	       !is_same_backend(backend, flow->service, &flow->dst, flow->dport);
+}
+
+/* A client sends its SYN again after a second or more (RFC 6298 2.1); what comes sooner is the network's copy. */
+#define SYN_AGAIN_NS (NSEC_PER_SEC / 2)
+
+/* Whether the packet opens again what the backend did not answer, and another backend may be asked. */
+static __always_inline bool is_unanswered(const struct packet *packet, const struct flow *flow,
+					  __u64 now)
+{
+	return flow->syn_tries && packet->events & EVENT_OPEN &&
+	       !(flow->state & (FLOW_REPLIED | FLOW_RESET)) &&
+	       now - flow->last_seen_ns >= SYN_AGAIN_NS;
 }
 
 /* The end of a flow that another one replaces. */

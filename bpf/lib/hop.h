@@ -23,6 +23,8 @@ struct origin {
 	void *ctx; /* struct __sk_buff or struct xdp_md */
 	struct scratch *room;
 	__u32 device;
+	__u32 except; /* a backend that did not answer, 0 = none */
+	__u8 syn_tries; /* with it: what is left of them */
 	bool is_xdp;
 	bool can_forward; /* false: another device sees the packet again, and sends it on */
 	__u32 outer; /* bytes of IP header that another node put in front; 0: none */

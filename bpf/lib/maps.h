@@ -26,6 +26,8 @@ MAP(conntrack, HASH, struct flow_key, struct flow, 262144, 0);
 MAP(new_flows, LRU_HASH, struct flow_key, struct flow, 65536, 0);
 MAP(affinity, LRU_HASH, struct affinity_key, struct affinity, 131072, 0);
 MAP(backend_hops, ARRAY, __u32, struct backend_hop, 262144, 0);
+MAP(outliers, HASH, __u32, struct outlier, 65536, BPF_F_NO_PREALLOC);
+MAP(backend_health, ARRAY, __u32, struct backend_health, 262144, BPF_F_MMAPABLE);
 MAP(backend_stats, ARRAY, __u32, struct backend_stats, 262144, BPF_F_MMAPABLE);
 MAP(service_stats, ARRAY, __u32, struct service_stats, 65536, BPF_F_MMAPABLE);
 MAP(verdicts, PERCPU_ARRAY, __u32, struct verdict_count, VERDICT_MAX, 0);

@@ -14,9 +14,8 @@
 #define EBPFPROXY_SELECT_H
 
 #include "hash.h"
+#include "health.h"
 #include "service.h"
-
-#define NSEC_PER_SEC 1000000000ULL
 
 /* lc, wlc, sed and nq compare so many backends; of more, a window of this size at a random place.
  * The bound is the verifier's: 256 rounds cost a small part of its one million instructions.
@@ -26,6 +25,7 @@
 /* Who wants a backend, and for what. flow.src is the client, flow.dst the VIP. */
 struct request {
 	struct flow_key flow;
+	__u32 except; /* a backend that did not answer, 0 = none */
 	__u8 client_kind; /* enum client_kind */
 };
 
@@ -177,6 +177,27 @@ static __always_inline bool is_in_pool(const struct service *service, const stru
 	return first && is_serving(backend) && backend->state == first->state;
 }
 
+/* So many slots are looked at for a backend that is not passed over; then the last one has to do. With half of all
+ * passed over, one in 256 openings goes to such a one.
+ */
+#define OTHER_TRIES 8
+
+/* Returns `id`, or another backend where that one is passed over or did not answer. */
+static __always_inline __u32 avoid(const struct service *service, const struct request *request,
+				   __u32 id, __u64 now)
+{
+	bool ejects = service->flags & SERVICE_EJECTS;
+
+	if (!ejects && !request->except)
+		return id;
+	for (int i = 0; i < OTHER_TRIES; i++) {
+		if (id != request->except && !(ejects && is_ejected(service->id, id, now)))
+			break;
+		id = slot_backend(service->slot_base + random_below(service->slot_count));
+	}
+	return id;
+}
+
 static __always_inline __u32 affine_backend(const struct service *service,
 					    const struct affinity_key *key, __u64 now)
 {
@@ -188,7 +209,9 @@ static __always_inline __u32 affine_backend(const struct service *service,
 		return 0;
 	id = entry->backend;
 	backend = map_lookup(backends, &id);
-	return backend && is_in_pool(service, backend) ? id : 0;
+	if (!backend || !is_in_pool(service, backend))
+		return 0;
+	return service->flags & SERVICE_EJECTS && is_ejected(service->id, id, now) ? 0 : id;
 }
 
 /* Returns a backend id, 0 if there is none. The service's pool is not empty. */
@@ -204,10 +227,10 @@ static __always_inline __u32 select_backend(const struct service *service,
 
 	if (!service->slot_count)
 		return 0;
-	if (service->affinity_s)
+	if (service->affinity_s && !request->except)
 		entry.backend = affine_backend(service, &key, now);
 	if (!entry.backend)
-		entry.backend = schedule(service, request);
+		entry.backend = avoid(service, request, schedule(service, request), now);
 	/* A full map forgets the oldest client; a failure costs the client its affinity, not its connection. */
 	if (service->affinity_s && entry.backend)
 		map_update(affinity, &key, &entry, BPF_ANY);

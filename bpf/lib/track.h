@@ -58,8 +58,11 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 	flow->service = service->id;
 	flow->backend = id;
 	flow->last_seen_ns = now;
+	flow->syn_tries = origin->except ? origin->syn_tries : service->syn_tries;
 	if (backend->flags & BACKEND_LOCAL)
 		flow->flags = FLOW_LOCAL;
+	if (service->flags & SERVICE_EJECTS)
+		flow->flags |= FLOW_WATCHED;
 	if (is_dsr || needs_snat(service, backend, &key->src, is_own)) {
 		if (!origin->can_forward)
 			return VERDICT_NOT_OURS;
@@ -71,6 +74,9 @@ static __always_inline enum verdict make_flow(struct origin *origin, const struc
 			if (addr_is_any(&way->source))
 				return VERDICT_SNAT_FULL;
 			flow->flags |= is_dsr ? FLOW_DSR : FLOW_SNAT;
+			/* Whether it is answered can't be seen from here. */
+			if (is_dsr)
+				flow->syn_tries = 0;
 			flow->src = way->source;
 			flow->hop = way->hop;
 			is_counted = !origin->is_xdp || xdp_can_send(origin, packet, flow);
@@ -88,7 +94,8 @@ static __always_inline enum verdict begin_flow(struct origin *origin, __u32 kind
 {
 	struct scratch *room = origin->room;
 	const struct packet *packet = &room->packet;
-	struct request request = {.flow = packet->flow, .client_kind = CLIENT_ADDR};
+	struct request request = {
+		.flow = packet->flow, .except = origin->except, .client_kind = CLIENT_ADDR};
 	const struct flow_key *key = &packet->flow;
 	struct backend *backend;
 	struct service *service;
@@ -130,6 +137,19 @@ static __always_inline struct flow *go_on(struct origin *origin, struct flow *fl
 								     : flow;
 }
 
+/* Notes that a backend did not answer: another one is chosen now. */
+static __always_inline void retry(struct origin *origin, const struct flow *flow, __u64 now)
+{
+	struct service_stats *stats = map_lookup(service_stats, &flow->service);
+
+	origin->except = flow->backend;
+	origin->syn_tries = flow->syn_tries - 1;
+	if (stats)
+		atomic_add(&stats->retried, 1);
+	if (flow->flags & FLOW_WATCHED)
+		note_failure(flow->service, flow->backend, now);
+}
+
 /* Finds the flow of a packet to an address of map vips, or begins one. VERDICT_NEW, VERDICT_ESTABLISHED,
  * VERDICT_REPLY (of a translated source): *found says how to translate it, and packet->flow.dir which way it goes.
  */
@@ -154,8 +174,11 @@ static __always_inline enum verdict track(struct origin *origin, __u32 kinds, __
 		return VERDICT_NOT_OURS;
 	flow = find_flow(&packet->flow, &is_new);
 	if (flow && !is_over(packet, flow, now)) {
-		*found = go_on(origin, flow, is_new, now);
-		return VERDICT_ESTABLISHED;
+		if (!is_new || !is_unanswered(packet, flow, now)) {
+			*found = go_on(origin, flow, is_new, now);
+			return VERDICT_ESTABLISHED;
+		}
+		retry(origin, flow, now);
 	}
 	if (flow)
 		remove_flow(origin->room, flow);

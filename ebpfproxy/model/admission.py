@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec.structs import replace
 
-from ebpfproxy.model import addresses
+from ebpfproxy.model import addresses, annotation
 from ebpfproxy.model.objects import (
-    ANNOTATION_SCHEDULER,
-    ANNOTATION_WEIGHTS,
     Endpoint,
     Endpoints,
     EndpointSlice,
@@ -23,8 +21,8 @@ from ebpfproxy.model.objects import (
     Object,
     Service,
 )
-from ebpfproxy.model.services import Policy, Scheduler
-from ebpfproxy.model.validation import PROTOCOLS, parse_weights
+from ebpfproxy.model.services import Policy
+from ebpfproxy.model.validation import PROTOCOLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,25 +161,23 @@ def _service(obj: Service, errors: Errors) -> Service | None:
     )
 
 
-def _annotations(annotations: dict[str, str], errors: Errors) -> dict[str, str]:
+def _annotations(found: dict[str, str], errors: Errors) -> dict[str, str]:
     """Return the annotations without ours that are wrong: the server does not look at them."""
     wrong = set()
-    name = annotations.get(ANNOTATION_SCHEDULER)
-    if name is not None and name not in tuple(Scheduler):
-        wrong.add(ANNOTATION_SCHEDULER)
-        known = ", ".join(f'"{each}"' for each in sorted(Scheduler))
-        errors.append(
-            (
-                f"metadata.annotations[{ANNOTATION_SCHEDULER}]",
-                f'Unsupported value: "{name}": supported values: {known}{_NOT_USED}',
-            )
-        )
-    try:
-        parse_weights(annotations.get(ANNOTATION_WEIGHTS, ""))
-    except ValueError as error:
-        wrong.add(ANNOTATION_WEIGHTS)
-        errors.append((f"metadata.annotations[{ANNOTATION_WEIGHTS}]", f"Invalid value: {error}{_NOT_USED}"))
-    return {key: value for key, value in annotations.items() if key not in wrong} if wrong else annotations
+    for name, known in annotation.CHOICES.items():
+        if name in found and found[name] not in known:
+            wrong.add(name)
+            words = ", ".join(f'"{each}"' for each in sorted(known))
+            reason = f'Unsupported value: "{found[name]}": supported values: {words}{_NOT_USED}'
+            errors.append((f"metadata.annotations[{name}]", reason))
+    for name, parse in annotation.PARSED.items():
+        try:
+            if name in found:
+                parse(found[name])
+        except ValueError as error:
+            wrong.add(name)
+            errors.append((f"metadata.annotations[{name}]", f"Invalid value: {error}{_NOT_USED}"))
+    return {key: value for key, value in found.items() if key not in wrong} if wrong else found
 
 
 def _node(obj: Node, errors: Errors) -> Node:

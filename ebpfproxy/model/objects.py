@@ -25,10 +25,6 @@ LABEL_SKIP_MIRROR = "endpointslice.kubernetes.io/skip-mirror"
 LABEL_ZONE = "topology.kubernetes.io/zone"
 LABEL_HOSTNAME = "kubernetes.io/hostname"
 MIRRORING_CONTROLLER = "endpointslicemirroring-controller.k8s.io"
-ANNOTATION_SCHEDULER = "ebpfproxy.io/scheduler"
-ANNOTATION_WEIGHTS = "ebpfproxy.io/weights"
-ANNOTATION_FORWARDING = "ebpfproxy.io/forwarding"
-ANNOTATION_MAGLEV_SIZE = "ebpfproxy.io/maglev-table-size"
 
 
 class ObjectKey(NamedTuple):

@@ -120,6 +120,14 @@ class Pool(msgspec.Struct, frozen=True):
     on_empty: Empty = Empty.REJECT
 
 
+class OutlierEjection(msgspec.Struct, frozen=True):
+    """When a backend is passed over because it fails."""
+
+    failures: int  # openings in a row that were refused or not answered
+    seconds: int  # for so long
+    max_percent: int  # of the backends, at most
+
+
 class Service(msgspec.Struct, frozen=True):
     """One port of a Kubernetes Service in one IP family: everything a dataplane must know of it."""
 
@@ -141,6 +149,8 @@ class Service(msgspec.Struct, frozen=True):
     is_dsr: bool = (
         False  # outside traffic under policy Cluster: Forwarding.DSR; backends differ by address then
     )
+    syn_retries: int = 0  # so many more backends are asked when one does not answer an opening
+    outliers: OutlierEjection | None = None
 
     def policy(self, kind: FrontendKind, *, is_external: bool) -> Policy:
         """Return the traffic policy for a frontend of ``kind``, by where the traffic comes from.

@@ -10,12 +10,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from ebpfproxy.model import addresses
+from ebpfproxy.model import addresses, annotation
 from ebpfproxy.model.objects import (
-    ANNOTATION_FORWARDING,
-    ANNOTATION_MAGLEV_SIZE,
-    ANNOTATION_SCHEDULER,
-    ANNOTATION_WEIGHTS,
     Endpoint,
     EndpointPort,
     Endpoints,
@@ -28,14 +24,12 @@ from ebpfproxy.model.objects import (
     Service,
     ServicePort,
 )
-from ebpfproxy.model.services import MAGLEV_SIZES, Forwarding, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
 PROTOCOLS = ("SCTP", "TCP", "UDP")
 FAMILIES = ("IPv4", "IPv6")
-MAX_WEIGHT = 65535  # as IPVS has it
 MAX_ENDPOINTS = 1000  # of a slice
 MAX_ADDRESSES = 100  # of an endpoint
 MAX_AFFINITY_S = 86400
@@ -74,25 +68,6 @@ def port_name_error(name: str) -> str | None:
     if name[0] == "-" or name[-1] == "-":
         return "must not begin or end with a hyphen"
     return None
-
-
-def parse_weights(text: str) -> dict[str, int]:
-    """Return the weight of each address in ``10.0.0.1=3,10.0.0.2=0``, addresses in canonical form.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    weights: dict[str, int] = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        address, _, weight = (part.strip() for part in pair.partition("="))
-        if addresses.pack(address) is None:
-            raise ValueError(f"{address!r} is not an IP address")
-        if not re.fullmatch(r"[0-9]{1,5}", weight) or int(weight) > MAX_WEIGHT:
-            raise ValueError(f"the weight of {address} must be between 0 and {MAX_WEIGHT}, inclusive")
-        if (address := addresses.canonical(address)) in weights:
-            raise ValueError(f"{address} has two weights")
-        weights[address] = int(weight)
-    return weights
 
 
 class _Errors(list[tuple[str, str]]):
@@ -376,17 +351,15 @@ def _service_external(errors: _Errors, service: Service) -> None:
 
 
 def _annotations(errors: _Errors, metadata: ObjectMeta) -> None:
-    if (name := metadata.annotations.get(ANNOTATION_SCHEDULER)) is not None:
-        errors.one_of(f"metadata.annotations[{ANNOTATION_SCHEDULER}]", name, tuple(Scheduler))
-    if (size := metadata.annotations.get(ANNOTATION_MAGLEV_SIZE)) is not None:
-        errors.one_of(f"metadata.annotations[{ANNOTATION_MAGLEV_SIZE}]", size, tuple(map(str, MAGLEV_SIZES)))
-    if (name := metadata.annotations.get(ANNOTATION_FORWARDING)) is not None:
-        errors.one_of(f"metadata.annotations[{ANNOTATION_FORWARDING}]", name, tuple(Forwarding))
-    if (text := metadata.annotations.get(ANNOTATION_WEIGHTS)) is not None:
-        try:
-            parse_weights(text)
-        except ValueError as error:
-            errors.invalid(f"metadata.annotations[{ANNOTATION_WEIGHTS}]", text, str(error))
+    for name, known in annotation.CHOICES.items():
+        if (value := metadata.annotations.get(name)) is not None:
+            errors.one_of(f"metadata.annotations[{name}]", value, known)
+    for name, parse in annotation.PARSED.items():
+        if (value := metadata.annotations.get(name)) is not None:
+            try:
+                parse(value)
+            except ValueError as error:
+                errors.invalid(f"metadata.annotations[{name}]", value, str(error))
 
 
 # --- EndpointSlice, Endpoints ------------------------------------------------------------------------

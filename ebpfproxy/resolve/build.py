@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from ebpfproxy.model import addresses
+from ebpfproxy.model import addresses, annotation
 from ebpfproxy.model.objects import (
-    ANNOTATION_FORWARDING,
-    ANNOTATION_MAGLEV_SIZE,
-    ANNOTATION_SCHEDULER,
-    ANNOTATION_WEIGHTS,
     LABEL_SERVICE_PROXY_NAME,
     EndpointHints,
     Problem,
@@ -27,6 +23,7 @@ from ebpfproxy.model.services import (
     Forwarding,
     Frontend,
     FrontendKind,
+    OutlierEjection,
     Policy,
     Pool,
     Protocol,
@@ -35,7 +32,6 @@ from ebpfproxy.model.services import (
     Service,
     ServiceName,
 )
-from ebpfproxy.model.validation import parse_weights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -65,6 +61,8 @@ class ResolveOptions(msgspec.Struct, frozen=True):
     scheduler: Scheduler = Scheduler.RANDOM
     maglev_size: int = MAGLEV_SIZE
     forwarding: Forwarding = Forwarding.SNAT
+    syn_retries: int = 0
+    outliers: OutlierEjection | None = None
 
 
 # A VIP and port that only one Service can have: address (EVERY_NODE_ADDRESS for a NodePort), port, protocol.
@@ -128,8 +126,8 @@ def build(
     if service.spec.external_ips or service.spec.type == "LoadBalancer":
         problems += _family_problems(service)
     spec = service.spec
-    annotation = service.metadata.annotations.get(ANNOTATION_WEIGHTS)
-    weights = parse_weights(annotation) if annotation else {}
+    text = service.metadata.annotations.get(annotation.WEIGHTS)
+    weights = annotation.parse_weights(text) if text else {}
     source_ranges = _source_ranges(service)
     health_check = _health_check_node_port(service)
     if (EVERY_NODE_ADDRESS, health_check, "TCP") in lost:
@@ -163,6 +161,8 @@ def build(
                     spec.type,
                     _maglev_size(service, options),
                     is_dsr,
+                    _syn_retries(service, options),
+                    _outliers(service, options),
                 )
             )
     return tuple(services), problems
@@ -210,12 +210,25 @@ def _source_ranges(service: KubernetesService) -> tuple[str, ...]:
 
 
 def _scheduler(service: KubernetesService, options: ResolveOptions) -> Scheduler:
-    name = service.metadata.annotations.get(ANNOTATION_SCHEDULER)
+    name = service.metadata.annotations.get(annotation.SCHEDULER)
     return options.scheduler if name is None else Scheduler(name)
 
 
 def _maglev_size(service: KubernetesService, options: ResolveOptions) -> int:
-    return int(service.metadata.annotations.get(ANNOTATION_MAGLEV_SIZE, options.maglev_size))
+    return int(service.metadata.annotations.get(annotation.MAGLEV_SIZE, options.maglev_size))
+
+
+def _syn_retries(service: KubernetesService, options: ResolveOptions) -> int:
+    """Return how many more backends an unanswered opening may try; with affinity only on request."""
+    text = service.metadata.annotations.get(annotation.SYN_RETRIES)
+    if text is not None:
+        return annotation.parse_syn_retries(text)
+    return 0 if service.spec.session_affinity == "ClientIP" else options.syn_retries
+
+
+def _outliers(service: KubernetesService, options: ResolveOptions) -> OutlierEjection | None:
+    text = service.metadata.annotations.get(annotation.OUTLIER_EJECTION)
+    return options.outliers if text is None else annotation.parse_outlier_ejection(text)
 
 
 def _asks_for_dsr(service: KubernetesService, port: ServicePort, options: ResolveOptions) -> bool:
@@ -223,7 +236,7 @@ def _asks_for_dsr(service: KubernetesService, port: ServicePort, options: Resolv
     spec = service.spec
     if spec.external_traffic_policy == Policy.LOCAL or (spec.type == "ClusterIP" and not spec.external_ips):
         return False
-    name = service.metadata.annotations.get(ANNOTATION_FORWARDING, options.forwarding)
+    name = service.metadata.annotations.get(annotation.FORWARDING, options.forwarding)
     return name == Forwarding.DSR or (name == Forwarding.HYBRID and port.protocol == Protocol.TCP)
 
 
@@ -238,7 +251,7 @@ def _shared_address(backends: Sequence[Backend]) -> str:
 def _dsr_problem(service: KubernetesService, port: ServicePort, shared: str) -> Problem:
     return Problem(
         *key_of(service),
-        f"metadata.annotations[{ANNOTATION_FORWARDING}]",
+        f"metadata.annotations[{annotation.FORWARDING}]",
         f"port {port.name or port.port}: dsr needs endpoints of different addresses, {shared} has two ports: "
         "snat is used",
     )

@@ -29,6 +29,7 @@ SIZES = {
     "backend_stats": 4096,
     "service_stats": 1024,
     "backend_hops": 4096,
+    "backend_health": 4096,
     "conntrack": 8192,
     "new_flows": 8192,
     "affinity": 8192,

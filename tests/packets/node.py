@@ -169,6 +169,7 @@ class Node:
             "local_sources",
             "node_sources",
             "dsr_backends",
+            "outliers",
             "conntrack",
             "new_flows",
             "affinity",
@@ -219,6 +220,7 @@ class Node:
         table: Sequence[int] | None = None,
         affinity_s: int = 0,
         flags: int = 0,
+        syn_tries: int = 0,
         scopes: Iterable[int] = (lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL),
         pool: Service | None = None,
     ) -> Service:
@@ -234,6 +236,7 @@ class Node:
             table: its slots, as indexes into ``backends``; default: each usable backend once.
             affinity_s: timeout of ClientIP.
             flags: enum service_flag.
+            syn_tries: how many more backends an unanswered opening may try.
             scopes: for which sources.
             pool: another service whose id and backends it shares: a second frontend.
         """
@@ -259,6 +262,7 @@ class Node:
             scheduler=scheduler,
             flags=flags,
             kind=kind,
+            syn_tries=syn_tries,
         )
         for scope in scopes:
             key = struct_of("service_key", vip=vip, port=port, proto=PROTOCOLS[proto], scope=scope)
@@ -267,6 +271,13 @@ class Node:
         if kind != lib.VIP_NODE:
             self.vip(vip, kind)
         return made
+
+    def eject(self, service: Service, *, failures: int, seconds: int, most: int) -> None:
+        """Let backends of ``service`` that fail so often be passed over for so long, so many at a time."""
+        value = struct_of("outlier", failures=failures, seconds=seconds, most=most)
+        self.map("outliers").update(number(service.id), to_bytes(value))
+        for each in service.backends:
+            self.map("backend_health").update(number(each), to_bytes(struct_of("backend_health")))
 
     def backend(self, service: Service, backend: Backend, proto: str = "TCP") -> int:
         """Write a backend; return its id."""
@@ -353,6 +364,13 @@ class Node:
                 # The programs subtract modulo 2**64: it may be before the machine started.
                 setattr(value, member, (getattr(value, member) - int(seconds * SECOND_NS)) % 2**64)
                 self.map(name).update(key, to_bytes(value))
+        health = self.map("backend_health")
+        for key, value in health.items():
+            each = ffi.from_buffer("struct backend_health *", value)
+            if each.ejected_until_ns:
+                until = (each.ejected_until_ns - int(seconds * SECOND_NS)) % 2**64
+                changed = struct_of("backend_health", ejected_until_ns=until, failures=each.failures)
+                health.update(key, to_bytes(changed))
 
     def reject_from(self, time_ns: int) -> None:
         """Let every CPU's budget for rejections be spent up to a CLOCK_MONOTONIC time."""

@@ -33,7 +33,10 @@ class Rig:
     def __init__(self) -> None:
         self.maps = {
             name: FakeMap(name, 64)
-            for name in ("conntrack", "new_flows", "sockets", "affinity", "backend_stats")
+            for name in (
+                *("conntrack", "new_flows", "sockets", "affinity"),
+                *("backends", "backend_stats", "backend_health", "service_stats"),
+            )
         }
         self.collector = Collector(self.maps, Timeouts(), lambda: NOW_S * 10**9)  # type: ignore[arg-type]
         self.now_s = 0.0
@@ -57,6 +60,7 @@ class Rig:
                     pack_port(8080),
                     state,
                     0,
+                    0,
                     1,
                     backend,
                     stamp,
@@ -68,7 +72,7 @@ class Rig:
             (
                 FLOW_KEY.pack(BACKEND, CLIENT, pack_port(8080), pack_port(port), proto, lib.FLOW_REPLY),
                 FLOW.pack(
-                    VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 1, backend, stamp, 0, 0, NO_HOP
+                    VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 0, 1, backend, stamp, 0, 0, NO_HOP
                 ),
             ),
         ):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.errors import InvalidObject
+from ebpfproxy.model.annotation import parse_weights
 from ebpfproxy.model.objects import (
     Endpoint,
     Endpoints,
@@ -22,7 +23,7 @@ from ebpfproxy.model.objects import (
     key_of,
     problems_of,
 )
-from ebpfproxy.model.validation import parse_weights, port_name_error
+from ebpfproxy.model.validation import port_name_error
 
 DUAL = {"clusterIP": "None", "ipFamilyPolicy": "PreferDualStack"}
 

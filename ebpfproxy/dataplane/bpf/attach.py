@@ -34,6 +34,8 @@ CGROUP_PROGRAMS = {
     "sock_postbind6": ("keeping IPv6 NodePorts from being bound", "4.17"),
     "sock_release": ("immediate clean-up after closed sockets", "5.9"),
 }
+#: Attached only while a Service has backends ejected that fail.
+WATCH_PROGRAM = "sock_watch"
 #: Without these there is no load balancing for local sockets at all.
 REQUIRED = ("sock_connect4", "sock_connect6")
 #: Programs of a device: tcx attach type, clsact parent.
@@ -105,6 +107,7 @@ class Attachments:
         self._reported: set[str] = set()
         self._told: dict[str, int] = {}  # as _attached, but for what the log says: it forgets nothing
         self._are_filters_checked = False
+        self._is_watching = False
 
     @property
     def devices(self) -> list[str]:
@@ -138,6 +141,19 @@ class Attachments:
                     raise
                 missing.append(f"not available here: {purpose} (since Linux {since}): {error}")
         return missing
+
+    def watch_connects(self, *, is_wanted: bool) -> None:
+        """Attach, or detach, the program that learns how connects end; it costs every connect a little.
+
+        Raises:
+            KernelError: the kernel refused.
+        """
+        path = self._links / WATCH_PROGRAM
+        if not is_wanted:
+            path.unlink(missing_ok=True)
+        elif not self._is_watching:
+            self._attach_cgroup_program(self._programs[WATCH_PROGRAM])
+        self._is_watching = is_wanted
 
     def attach_devices(self, present: Iterable[netlink.Device]) -> list[str]:
         """Attach to every device that is wanted and is not attached yet; forget those that are gone.

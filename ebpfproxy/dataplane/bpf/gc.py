@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING
 from ebpfproxy.dataplane.bpf.layouts import (
     AFFINITY,
     AFFINITY_KEY,
+    BACKEND,
+    BACKEND_HEALTH,
     BACKEND_STATS,
     FLOW,
     FLOW_KEY,
+    SERVICE_STATS,
     SOCKET_FLOW,
     SOCKET_KEY,
     Flow,
@@ -175,6 +178,7 @@ class Collector:
                 return None
         self._pass = None
         self._recount(current.open)
+        self._recount_ejected()
         stranded = {cookie: peer for cookie, (backend, peer) in current.stranded.items() if backend in gone}
         return Unused(current.gone, current.vips, stranded)
 
@@ -226,6 +230,22 @@ class Collector:
         entry = AFFINITY.read(value)
         timeout_s = current.affinity_s.get(AFFINITY_KEY.read(key).service, 0)
         return entry.backend in current.dead or now_ns - entry.last_used_ns > timeout_s * _NS
+
+    def _recount_ejected(self) -> None:
+        """Mend the counters of backends that are passed over."""
+        health = self._maps["backend_health"].mmap()
+        untils = health.cast("Q")[:: BACKEND_HEALTH.size // 8].tolist()
+        # One whose time is over stays counted until somebody asks after it.
+        ejected = [number for number, until in enumerate(untils) if until]
+        stats = self._maps["service_stats"].mmap().cast("q")
+        stride, column = SERVICE_STATS.size // 8, SERVICE_STATS.offsets["ejected"] // 8
+        if not ejected and not any(stats[column::stride]):
+            return
+        backends, size = self._maps["backends"].mmap(), BACKEND.size
+        found = Counter(BACKEND.read(backends[n * size : (n + 1) * size]).service for n in ejected)
+        for number, value in enumerate(stats[column::stride].tolist()):
+            if value != found[number]:
+                stats[number * stride + column] = found[number]
 
     def _recount(self, found: Mapping[int, int]) -> None:
         """Mend the counters of open connections.

@@ -62,6 +62,7 @@ class ServiceValue(NamedTuple):
     scheduler: int
     flags: int
     kind: int
+    syn_tries: int
 
 
 class BackendValue(NamedTuple):
@@ -93,6 +94,8 @@ class ServiceStats(NamedTuple):
     connections: int
     refused: int
     next: int
+    retried: int
+    ejected: int
     packets: int
     octets: int
     reply_packets: int
@@ -149,6 +152,7 @@ class Flow(NamedTuple):
     dport: bytes
     state: int
     flags: int
+    syn_tries: int
     service: int
     backend: int
     last_seen_ns: int
@@ -162,6 +166,22 @@ class DsrBackendKey(NamedTuple):
 
     address: bytes
     service: int
+
+
+class OutlierValue(NamedTuple):
+    """Value of map outliers."""
+
+    failures: int
+    seconds: int
+    most: int
+
+
+class BackendHealth(NamedTuple):
+    """Value of map backend_health."""
+
+    ejected_until_ns: int
+    failures: int
+    ejections: int
 
 
 class NodeSourceKey(NamedTuple):
@@ -267,6 +287,8 @@ SERVICE = Layout("service", ServiceValue)
 BACKEND = Layout("backend", BackendValue)
 BACKEND_STATS = Layout("backend_stats", BackendStats)
 SERVICE_STATS = Layout("service_stats", ServiceStats)
+OUTLIER = Layout("outlier", OutlierValue)
+BACKEND_HEALTH = Layout("backend_health", BackendHealth)
 SERVICE_NAME = Layout("service_name", NameValue)
 SOCKET_KEY = Layout("socket_key", SocketKey)
 SOCKET_FLOW = Layout("socket_flow", SocketFlow)

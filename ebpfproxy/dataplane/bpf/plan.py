@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ebpfproxy.dataplane.bpf.layouts import BACKEND, BACKEND_STATS, SERVICE_STATS, SLOT_SIZE, U32
+from ebpfproxy.dataplane.bpf.layouts import (
+    BACKEND,
+    BACKEND_HEALTH,
+    BACKEND_STATS,
+    SERVICE_STATS,
+    SLOT_SIZE,
+    U32,
+)
 from ebpfproxy.libbpf import lib
 
 if TYPE_CHECKING:
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 _USABLE = frozenset({lib.BACKEND_READY, lib.BACKEND_TERMINATING})
 _FREE = bytes(BACKEND.size)
 _STATE = BACKEND.offsets["state"]
+_NO_HEALTH = bytes(BACKEND_HEALTH.size)
 _NO_BACKEND_STATS = bytes(BACKEND_STATS.size)
 _NO_SERVICE_STATS = bytes(SERVICE_STATS.size)
 
@@ -114,13 +122,17 @@ def make_plan(deltas: Mapping[str, Delta[Any, bytes]]) -> list[Step]:
     put("service_names")
     write("backends", BACKEND.size, usable.items())
     write("slots", SLOT_SIZE, deltas["slots"].upsert.items())
-    for name in ("source_ranges", "local_sources", "node_sources", "services", "vips"):
+    for name in ("source_ranges", "local_sources", "node_sources", "outliers", "services", "vips"):
         put(name)
-    for name in ("vips", "services", "node_sources", "local_sources", "source_ranges", "dsr_backends"):
+    for name in (
+        *("vips", "services", "outliers", "node_sources"),
+        *("local_sources", "source_ranges", "dsr_backends"),
+    ):
         drop(name)
     write("backends", BACKEND.size, others.items())
     put("dsr_backends")  # leads to backends in any state
     write("backend_stats", BACKEND_STATS.size, ((number, _NO_BACKEND_STATS) for number in backends.delete))
+    write("backend_health", BACKEND_HEALTH.size, ((number, _NO_HEALTH) for number in backends.delete))
     write("backends", BACKEND.size, ((number, _FREE) for number in backends.delete))
     names = deltas["service_names"].delete
     write("service_stats", SERVICE_STATS.size, ((number, _NO_SERVICE_STATS) for number in names))

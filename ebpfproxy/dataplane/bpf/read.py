@@ -28,6 +28,7 @@ def read_tables(maps: Mapping[str, Readable]) -> dict[str, Table]:
         name: dict(maps[name].items())
         for name in ("services", "vips", "source_ranges", "local_sources", "node_sources", "dsr_backends")
     }
+    have["outliers"] = {U32.unpack(key)[0]: value for key, value in maps["outliers"].items()}
     have["service_names"] = {U32.unpack(key)[0]: value for key, value in maps["service_names"].items()}
     have["backends"] = dict(used_backends(maps["backends"].mmap()))
     have["slots"] = {}

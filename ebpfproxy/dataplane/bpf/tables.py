@@ -17,6 +17,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     DSR_BACKEND_KEY,
     LOCAL_SOURCE_KEY,
     NODE_SOURCE_KEY,
+    OUTLIER,
     PROTOCOL_NUMBER,
     SERVICE,
     SERVICE_KEY,
@@ -56,6 +57,7 @@ NAMES = (
     "source_ranges",
     "local_sources",
     "node_sources",
+    "outliers",
     "services",
     "vips",
 )
@@ -113,6 +115,8 @@ class RenderedService(NamedTuple):
     affinity_s: int
     scheduler: int
     is_dsr: bool
+    syn_tries: int
+    outlier: bytes | None  # value of map outliers
 
 
 def name_bytes(service: Service) -> bytes:
@@ -139,6 +143,8 @@ def _flags(
             flags |= lib.SERVICE_SNAT_ALL
     elif service.policy(kind, is_external=is_external) is Policy.CLUSTER:
         flags |= lib.SERVICE_DSR if service.is_dsr else lib.SERVICE_SNAT
+    if service.outliers:
+        flags |= lib.SERVICE_EJECTS
     if service.policy(kind, is_external=is_external) is Policy.LOCAL:
         flags |= lib.SERVICE_LOCAL
     if kind is FrontendKind.LOAD_BALANCER and service.has_source_ranges:
@@ -205,7 +211,18 @@ def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> R
         affinity_s=service.affinity_s,
         scheduler=schedulers.CODE[service.scheduler],
         is_dsr=service.is_dsr,
+        syn_tries=service.syn_retries if len(service.cluster.backends) > 1 else 0,
+        outlier=_outlier(service),
     )
+
+
+def _outlier(service: Service) -> bytes | None:
+    """Return the value of map outliers; at least one backend is always left."""
+    if service.outliers is None:
+        return None
+    count = len(service.cluster.backends)
+    most = min(count * service.outliers.max_percent // 100, count - 1)
+    return OUTLIER.pack(service.outliers.failures, service.outliers.seconds, max(most, 0))
 
 
 def _frontend_address(frontend: Frontend, family: int) -> bytes:
@@ -503,6 +520,7 @@ class Tables:
             self._check_room("vips", {address for address, _ in rendered.vips})
             self._check_room("source_ranges", sources)
             self._check_room("dsr_backends", sent_to)
+            self._check_room("outliers", [number] if rendered.outlier else [])
         except MapFullError:
             self._service_ids.release(*new_service)
             self._backend_ids.release(*new_backends)
@@ -517,6 +535,8 @@ class Tables:
         self._set_frontends(entry, rendered, bases)
         self._set_sources(entry, sources)
         self._set_dsr_backends(entry, sent_to)
+        if rendered.outlier != self.wanted["outliers"].get(number):
+            self.want("outliers", number, rendered.outlier)
         if entry.service is not None:
             self._seen.pop(id(entry.service), None)
         entry.service = service
@@ -563,7 +583,14 @@ class Tables:
         for key, kind, flags, table in rendered.frontends:
             count = len(rendered.tables[table])
             value = SERVICE.pack(
-                entry.id, bases[table], count, rendered.affinity_s, rendered.scheduler, flags, kind
+                entry.id,
+                bases[table],
+                count,
+                rendered.affinity_s,
+                rendered.scheduler,
+                flags,
+                kind,
+                rendered.syn_tries,
             )
             self._frontends.put(key, entry.name, value)
             keys.add(key)
@@ -608,6 +635,7 @@ class Tables:
         self._set_ranges(entry, {})
         self._set_sources(entry, set())
         self._set_dsr_backends(entry, {})
+        self.want("outliers", entry.id, None)
         for key in entry.backends:
             self._retire_backend(entry, key)
         if entry.service is not None:
@@ -654,7 +682,7 @@ class Tables:
 
     # -- room ------------------------------------------------------------------------------------
 
-    def _check_room(self, name: str, keys: Iterable[bytes]) -> None:
+    def _check_room(self, name: str, keys: Iterable[Any]) -> None:
         """Refuse keys that would not fit even beside entries that the coming deletes remove."""
         have, new = self.have[name], self._new[name]
         more = sum(1 for key in keys if key not in have and key not in new)
