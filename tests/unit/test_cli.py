@@ -124,7 +124,7 @@ def test_run_flags_reach_the_agent() -> None:
         "run --manifests /m --kubeconfig /k --master https://m:1 --kube-api-server https://a,https://b "
         "--config /c.yaml --node-name n1 --mode bpf --loader bcc --cgroup /cg "
         "--devices eth0,cali* --state-dir /s --bpffs /b --once --log-format json "
-        "--map-size conntrack=9 --map-size affinity=7 --xdp-mode native --xdp-devices ens* "
+        "--map-size conntrack=9 --map-size affinity=7 --xdp-mode native --xdp-devices ens* --forwarding dsr "
         "--listen 192.0.2.1,2001:db8::1 "
         "--healthz-bind-address 10.0.0.1:1 --metrics-bind-address [::1]:2"
     )
@@ -143,6 +143,7 @@ def test_run_flags_reach_the_agent() -> None:
         "state_dir": "/s",
         "bpffs": "/b",
         "map_sizes": {"conntrack": 9, "affinity": 7},
+        "forwarding": "dsr",
         "xdp_mode": "native",
         "xdp_devices": ("ens*",),
         "listen": ("192.0.2.1", "2001:db8::1"),
