@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -158,3 +159,25 @@ def test_affinity(node: Node) -> None:
     with node.agent, Probe(node.net.pods[3].place) as pod:
         for vip in known.WEB:
             assert len(pod.tcp(vip, 80, 12)) == 1
+
+
+def test_a_udp_client_that_keeps_its_port_is_served_by_another_backend(node: Node) -> None:
+    """Conntrack would send it to the old one for as long as it keeps asking."""
+    to_udp = known.slices("dns", node.net.pods[:1], known.TO_UDP)
+    node.agent.write(service("dns", known.UDP, ips=known.DNS), *to_udp)
+    with node.agent, Probe(node.net.pods[3].place) as pod, pod.socket(socket.SOCK_DGRAM) as client:
+        client.settimeout(1)
+        client.connect(known.DNS[0], 80)
+        client.send(b"?")
+        assert client.recv().startswith(b"pod1")
+        to_udp = known.slices("dns", node.net.pods[1:2], known.TO_UDP)
+        node.agent.write(service("dns", known.UDP, ips=known.DNS), *to_udp)
+
+        def answered_by() -> bytes:
+            client.send(b"?")
+            try:
+                return client.recv()
+            except OSError:
+                return b""
+
+        eventually(lambda: answered_by().startswith(b"pod2"), "an answer of the other backend")
