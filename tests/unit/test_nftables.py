@@ -192,6 +192,15 @@ def test_counting_schedulers_are_named() -> None:
     assert unsupported(DesiredState((service("web", [A], [VIP]),))) == []
 
 
+@pytest.mark.parametrize(
+    ("serves_loopback", "served"), [(True, {"127.0.0.1", "192.0.2.1"}), (False, {"192.0.2.1"})]
+)
+def test_node_ports_on_loopback_can_be_switched_off(serves_loopback: bool, served: set[str]) -> None:
+    addresses = NodePortAddresses(frozenset({"127.0.0.1", "192.0.2.1"}))
+    made = render.node_fragment(DesiredState((), addresses), (4,), serves_loopback=serves_loopback)
+    assert {each.key for each in made.objects if each.name == "node-addresses"} == served
+
+
 # --- changes ------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ class NftablesOptions:
 
     mark: int = 1 << 14  # bit of the packet mark that asks for masquerade
     settings: Mapping[str, str] | None = None  # of the kernel, "net/netfilter/..." -> value
+    serves_loopback: bool = True  # NodePorts answer on 127.0.0.1, if that is one of their addresses
     check_s: float = 30.0  # after a change by others all is read again, but not more often than this
 
 
@@ -158,11 +159,18 @@ class NftablesDataplane:
         found = kernel.read(self._families)
         self._read_s = time.monotonic()
         self._base = ()
-        self._tables = Tables(found or {}, self._families, self.options.mark)
+        self._tables = Tables(
+            found or {},
+            self._families,
+            self.options.mark,
+            serves_loopback=self.options.serves_loopback,
+        )
         return "" if found is not None else remove(self._families)
 
     def _serve_loopback(self, state: DesiredState) -> None:
         """Let packets from 127.0.0.1 leave this node, if there are NodePorts there."""
+        if not self.options.serves_loopback:
+            return
         if any(each.startswith("127.") for each in state.addresses.serving) and any(
             frontend.kind is FrontendKind.NODE_PORT
             for service in state.services

@@ -33,6 +33,7 @@ def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     options = NftablesOptions(
         mark=1 << settings.masquerade_bit,
         settings=conntrack.settings_of(settings),
+        serves_loopback=settings.localhost_node_ports,
         check_s=settings.max_sync_s / 2,  # so that each full sync does it
     )
     dataplane = NftablesDataplane(options, Ledger(site.state_dir / SETTINGS))

@@ -282,10 +282,12 @@ def _entries(ways: Sequence[_Way], runs: Iterable[tuple[int, int, int]]) -> str:
 # --- the node -----------------------------------------------------------------------------------------------
 
 
-def node_fragment(state: DesiredState, families: Iterable[int]) -> Fragment:
+def node_fragment(state: DesiredState, families: Iterable[int], *, serves_loopback: bool = True) -> Fragment:
     """Return the elements that belong to no Service."""
     objects: dict[Object, str] = {}
     for address in state.addresses.serving:
+        if not serves_loopback and (address.startswith("127.") or address == "::1"):
+            continue
         objects[Object(_family(address), "element", "node-addresses", address)] = ""
     for family in families:
         ours = [each for each in state.local_sources if _family(each) == family]

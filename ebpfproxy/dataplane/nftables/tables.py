@@ -21,12 +21,21 @@ class Tables:
         have: what the kernel has.
         families: IP families that this kernel knows; Services of others are left out.
         mark: bit of the packet mark that asks for masquerade.
+        serves_loopback: NodePorts answer on 127.0.0.1, if that is one of their addresses.
     """
 
-    def __init__(self, have: Mapping[Object, str], families: Iterable[int], mark: int) -> None:
+    def __init__(
+        self,
+        have: Mapping[Object, str],
+        families: Iterable[int],
+        mark: int,
+        *,
+        serves_loopback: bool = True,
+    ) -> None:
         self.have = dict(have)
         self._families = tuple(families)
         self._mark = mark
+        self._serves_loopback = serves_loopback
         self._node = Node(frozenset(), mark)
         self._services: dict[ServiceName, tuple[Service, Fragment]] = {}
         self._rest = Fragment({}, {})  # of the node
@@ -50,7 +59,7 @@ class Tables:
             self._replace(known[1] if known else None, fragment)
             values |= fragment.objects
             bodies |= fragment.bodies
-        rest = node_fragment(state, self._families)
+        rest = node_fragment(state, self._families, serves_loopback=self._serves_loopback)
         self._replace(self._rest, rest)
         values |= rest.objects
         self._rest, self._node = rest, node
