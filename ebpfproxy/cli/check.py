@@ -33,6 +33,7 @@ class Report(msgspec.Struct, frozen=True):
     dataplanes: tuple[Choice, ...]
     loaders: tuple[Choice, ...]
     features: tuple[features.Feature, ...]
+    lacking: tuple[str, ...]  # what usable dataplanes can't do on this machine
     unsupported: tuple[str, ...]  # what the Services of the agent ask for and its dataplane does not do
 
 
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
         dataplanes=tuple(Choice(name, modes.why_not(name) or "") for name in modes.names()),
         loaders=choices,
         features=tuple(features.probe()),
+        lacking=tuple(f"mode {name}: {each}" for name in modes.names() for each in modes.lacking(name)),
         unsupported=said.unsupported if said else (),
     )
     if arguments.output in ("json", "yaml"):
@@ -112,6 +114,7 @@ def _text(report: Report, *, is_wide: bool) -> str:
         "kernel and machine\n" + output.table(report.features, _FEATURES, is_wide=is_wide),
     ]
     missing = [f"{each.name}: {each.detail}" for each in report.features if not each.ok]
+    missing += report.lacking
     if missing:
         parts.append("what is missing\n" + "\n".join(missing))
     if report.unsupported:

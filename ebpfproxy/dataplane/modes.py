@@ -127,3 +127,12 @@ def load(name: str) -> Plug:
 def why_not(name: str) -> str | None:
     """Return in one sentence why this machine can't run a mode, None if it can."""
     return load(name).usable()
+
+
+def lacking(name: str) -> list[str]:
+    """Return one sentence for each thing that a usable mode can't do here: the machine lacks what it takes.
+
+    A mode that can run only in full has no word for it.
+    """
+    ask = getattr(load(name), "lacking", None)
+    return list(ask()) if ask is not None and why_not(name) is None else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import msgspec
 import pytest
 
+from ebpfproxy.dataplane.iptables import features
 from ebpfproxy.dataplane.iptables.render import (
     JUMPS,
     Context,
@@ -35,7 +37,7 @@ from ebpfproxy.model.services import (
     Service,
     ServiceName,
 )
-from ebpfproxy.xtables import names
+from ebpfproxy.xtables import names, probe
 from ebpfproxy.xtables.chains import (
     Chain,
     Edit,
@@ -52,6 +54,7 @@ from ebpfproxy.xtables.programmer import Programmer
 
 if TYPE_CHECKING:
     from ebpfproxy.xtables.tool import Tool
+from ebpfproxy.xtables.tool import Tool
 
 REJECT, DROP = Pool(()), Pool((), Empty.DROP)
 CONTEXT = Context(local_sources=("10.0.0.0/8",), masquerades_outside=True)
@@ -399,3 +402,20 @@ def test_rules_are_counted_by_table() -> None:
     with pytest.raises(DataplaneError):
         programmer.apply({}, ())
     assert programmer.failures == 1
+
+
+class Lacking(Tool):
+    """Tools on a kernel that lacks some matches."""
+
+    def try_apart(self, text: str, setup: str = "") -> str:
+        assert not setup
+        return "no such match" if re.search(r"-m (recent|sctp) ", text) else ""
+
+
+def test_what_the_kernel_lacks_is_found_by_trying() -> None:
+    tool = Lacking(4, "nft")
+    assert features.problems(tool, features.lacking(tool)) == [
+        "no sessionAffinity: ClientIP: the kernel, or iptables-nft, lacks the match recent",
+        "no SCTP: the kernel, or iptables-nft, lacks the match sctp",
+    ]
+    assert probe.missing(tool, features.REQUIRED) == []

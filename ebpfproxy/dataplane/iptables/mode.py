@@ -22,6 +22,15 @@ def usable() -> str | None:
     return features.usable()
 
 
+def lacking() -> list[str]:
+    """Return what it can't do on this machine."""
+    from ebpfproxy.dataplane.iptables import features
+    from ebpfproxy.xtables.tool import Tool, choose_variant
+
+    tool = Tool(4, choose_variant())
+    return features.problems(tool, features.lacking(tool))
+
+
 def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     """Make the dataplane."""
     from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane, IptablesOptions
