@@ -28,11 +28,11 @@ More on [nftables](nftables.md), [ipvs](ipvs.md), [iptables](iptables.md) and [u
 
 Start the agent with another `--mode`. Once everything is programmed in the new mode, what the old one left in
 the kernel is removed; `modes.json` in the state directory says which modes that may be. New connections are
-served all the time. What is established goes on where the kernel can keep it:
+served before and after it. What is established goes on where the kernel can keep it:
 
 | from | established connections |
 |---|---|
-| `bpf` | of sockets on the node: go on. Others: their translation goes with the maps |
+| `bpf` | of sockets on the node: go on. Others, also those under way: their translation goes with the maps |
 | `nftables`, `iptables`, `ipvs` | go on; to `bpf` those of sockets on the node alone |
 | `userspace` | go on until they end: the proxy process stays for them |
 
