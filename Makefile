@@ -44,6 +44,9 @@ test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux
 test-kube: build apt-demo apt-test apt-kube $(TEST_READY) ## the agent against a real Kubernetes API server, built once (ten minutes)
 	@$(BIN)/python -m pytest -q tests/kube $(ARGS)
 
+vagrant-test: build apt-vagrant $(TEST_READY) ## two nodes and a client in virtual machines, by Vagrant (an hour without KVM)
+	@vagrant/test $(ARGS)
+
 test-unit: build $(TEST_READY) ## the tests that need no root
 	@$(BIN)/python -m pytest -q -m "not root and not netns" tests/unit tests/scenarios $(ARGS)
 
@@ -73,7 +76,7 @@ help: ## this list
 # --- what the targets above need ----------------------------------------------------------------------
 
 # Debian packages: asks dpkg every time (10 ms), installs only what is missing.
-apt-build apt-demo apt-kube apt-lint apt-test apt-vm: apt-%:
+apt-build apt-demo apt-kube apt-lint apt-test apt-vagrant apt-vm: apt-%:
 	@scripts/deps $*
 
 $(BIN)/python: | apt-build
@@ -106,4 +109,4 @@ $(FFI_READY): bpf/lib/abi.h ebpfproxy/libbpf/_build.py ebpfproxy/libbpf/glue.c e
 objects: | $(RUN_READY) apt-build
 	@$(MAKE) -s -C bpf OUT=$(OBJECTS) PYTHON=$(CURDIR)/$(BIN)/python
 
-.PHONY: build demo completion test test-kube test-vm test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint apt-kube apt-vm
+.PHONY: build demo completion test test-kube test-vm vagrant-test test-unit lint format bench wheel clean help objects apt-build apt-demo apt-test apt-lint apt-kube apt-vagrant apt-vm
