@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 NODES = ("node-1", "node-2")
 CLIENT_IPS = ("192.168.56.100", "fd00:56::100")
 PODS = {f"pod{node}{pod}": f"node-{node}" for node in (1, 2) for pod in (1, 2)}
-WEB_PORT, LOCAL_PORT = 30080, 30081
+WEB_PORT, LOCAL_PORT, DIRECT_PORT = 30080, 30081, 30082
 WEB_IPS, LOCAL_IPS = ("10.96.0.10", "fd00:96::a"), ("10.96.0.11", "fd00:96::b")
+DIRECT_IPS = ("10.96.0.12", "fd00:96::c")
 FILE = "services.json"
 
 
@@ -46,15 +47,24 @@ def objects(pods: Iterable[str]) -> list[dict[str, Any]]:
         for node in NODES
     ]
     listed = sorted(pods)
-    for name, port, ips, policy in [
-        ("web", WEB_PORT, WEB_IPS, "Cluster"),
-        ("local", LOCAL_PORT, LOCAL_IPS, "Local"),
+    for name, port, ips, policy, marks in [
+        ("web", WEB_PORT, WEB_IPS, "Cluster", {}),
+        ("local", LOCAL_PORT, LOCAL_IPS, "Local", {}),
+        ("direct", DIRECT_PORT, DIRECT_IPS, "Cluster", {"ebpfproxy.io/forwarding": "dsr"}),
     ]:
         ports = [
             {"name": "http", "port": 80, "targetPort": 8080, "nodePort": port},
             {"name": "udp", "port": 80, "targetPort": 8080, "nodePort": port, "protocol": "UDP"},
         ]
-        made.append(service(name, *ports, ips=ips, type="NodePort", externalTrafficPolicy=policy))
+        made.append(
+            service(
+                *(name, *ports),
+                ips=ips,
+                annotations=marks,
+                type="NodePort",
+                externalTrafficPolicy=policy,
+            )
+        )
         made += [
             endpoint_slice(
                 name,

@@ -12,7 +12,7 @@ from rig.probe import Load, Probe, more
 from rig.wait import eventually
 
 from .machines import SLOW_S, SSH_CONFIG, Machine
-from .manifests import CLIENT_IPS, LOCAL_PORT, NODES, PODS, WEB_IPS, WEB_PORT, node_ips
+from .manifests import CLIENT_IPS, DIRECT_PORT, LOCAL_PORT, NODES, PODS, WEB_IPS, WEB_PORT, node_ips
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +71,19 @@ def test_node_port_leads_to_the_pods_of_both_nodes(client: Probe, mode: str, nod
     address = node_ips(node)[family]
     assert set(client.tcp(address, WEB_PORT, 12)) == ALL
     assert set(client.udp(address, WEB_PORT, 12)) == ALL
+
+
+@FAMILIES
+@BOTH
+def test_direct_server_return_shows_the_client_to_the_pods_of_both_nodes(
+    client: Probe, mode: str, node: str, family: int
+) -> None:
+    reason = capabilities.limit(mode, "dsr")
+    if reason:
+        pytest.skip(f"{mode}: {reason}")
+    answers = [answer.split(" ") for answer in client.answers(node_ips(node)[family], DIRECT_PORT, 12)]
+    assert {name for name, _ in answers} == ALL
+    assert {source for _, source in answers} == {CLIENT_IPS[family]}
 
 
 @FAMILIES
