@@ -58,7 +58,8 @@ def objects(pods: Iterable[str]) -> list[dict[str, Any]]:
         ]
         made.append(
             service(
-                *(name, *ports),
+                name,
+                *ports,
                 ips=ips,
                 annotations=marks,
                 type="NodePort",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ebpfproxy.dataplane import capabilities, modes
+from ebpfproxy.dataplane import capabilities
 from rig.probe import Load, Probe, more
 from rig.wait import eventually
 
@@ -27,6 +28,8 @@ MACHINES = {name: Machine(name=name) for name in (*NODES, "client")}
 FAMILIES = pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
 BOTH = pytest.mark.parametrize("node", NODES)
 ALL = set(PODS)
+#: One more takes a quarter of an hour where processors are emulated.
+MODES = os.environ.get("EBPFPROXY_MODES", "bpf").split(",")
 
 
 def pods_of(node: str) -> set[str]:
@@ -39,9 +42,7 @@ def client() -> Iterator[Probe]:
         yield probe
 
 
-@pytest.fixture(
-    scope="module", params=[name for name in ("bpf", "nftables", "userspace") if name in modes.names()]
-)
+@pytest.fixture(scope="module", params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
     """Have both nodes serve in a mode; the agent is restarted for it."""
     name: str = request.param
