@@ -44,11 +44,12 @@ def client() -> Iterator[Probe]:
 
 @pytest.fixture(scope="module", params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """Have both nodes serve in a mode; the agent is restarted for it."""
+    """Have both nodes serve in a mode; for another one than before the agent is restarted."""
     name: str = request.param
     for node in NODES:
         MACHINES[node].shell(
             f"""
+            grep -q '^mode: {name}$' /etc/ebpfproxy/config.yaml && exit
             sed -i 's/^mode: .*/mode: {name}/' /etc/ebpfproxy/config.yaml
             systemctl restart ebpfproxy
             """
