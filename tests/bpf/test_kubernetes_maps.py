@@ -68,6 +68,7 @@ def wanted(services: Iterable[Service]) -> Shown:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_maps_end_as_the_cluster_does(inside: ThreadPoolExecutor, bpffs: Path, cgroup: Path) -> None:
     dataplane = BpfDataplane(BpfOptions(bpffs=bpffs, cgroup=cgroup, sizes=SIZES))
     served: list[set[str]] = []

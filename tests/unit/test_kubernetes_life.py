@@ -39,6 +39,7 @@ def no_waits() -> Iterator[None]:
         yield
 
 
+@pytest.mark.timeout(900)  # ten seconds of processor time, on a machine that may be busy
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     services=st.lists(SERVICE_STEPS, max_size=25),
