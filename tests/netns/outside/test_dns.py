@@ -33,13 +33,13 @@ ADDRESS = "192.0.2.80"
 ORIGINS = {"native": ("client", "node-1", "pod12", "pod12+"), "generic": ("client",), "tc": ("client",)}
 
 #: Asks each VIP in turn from one port, so that a flow to a backend that is gone is met again at once.
-#: Two tries of a second: a query is "lost" if the retry is lost too.
+#: Two tries of two seconds: a query is "lost" if the retry is lost too.
 ASK = f"""
 port=$1; shift
 while :; do
     for vip in "$@"; do
         case $vip in *:*) any=:: ;; *) any=0.0.0.0 ;; esac
-        answer=$(dig "@$vip" -b "$any#$port" web.test A +short +tries=2 +time=1 2>&1 | tail -1)
+        answer=$(dig "@$vip" -b "$any#$port" web.test A +short +tries=2 +time=2 2>&1 | tail -1)
         [ "$answer" = {ADDRESS} ] && echo ok || echo "lost $answer"
     done
     sleep 0.03
