@@ -47,6 +47,7 @@ done
 """
 
 
+@pytest.mark.timeout(300)  # four clients' retries, on a machine that may be busy
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_no_query_is_lost_longer_than_one_retry(nothing_left: None, mode: Mode) -> None:
     with ExitStack() as stack:
@@ -99,7 +100,7 @@ def test_no_query_is_lost_longer_than_one_retry(nothing_left: None, mode: Mode) 
                 )
 
         more(4)
-        for name, other in (("pod11", "pod21"), ("pod21", "pod11"), ("pod11", "pod21")):
+        for name, other in (("pod11", "pod21"), ("pod21", "pod11")):
             # It answers no more, and goes; what is on its way there is lost, and the retry gets through.
             servers[other].signal(signal.SIGCONT)
             servers[name].signal(signal.SIGSTOP)
