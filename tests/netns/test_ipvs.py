@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,6 +53,9 @@ class Node:
     def saved(self) -> set[str]:
         """Return what ``ipvsadm -Sn`` says."""
         return {line.strip() for line in self.run("ipvsadm", "-Sn").splitlines()}
+
+    def has_servers(self, is_wanted: bool) -> bool:
+        return bool(self.saved()) is is_wanted
 
     def clean(self) -> str:
         flags = ("--state-dir", self.agent.state_dir, "--bpffs", self.net.bpffs)
@@ -116,7 +120,7 @@ def test_a_connection_to_an_endpoint_that_goes_lives_until_it_ends(node: Node) -
         gone = clients[names.index("pod2")]
         node.write(1)
         drained = f"-a -t 10.96.0.10:80 -r {node.net.pods[1].v4}:8080 -m -w 0"
-        eventually(lambda: drained in node.saved(), "weight 0")
+        eventually(lambda: drained in node.saved(), "weight 0", timeout_s=60)
         assert gone.ask() == "pod2"
         assert set(pod.tcp(known.WEB[0], 80, 4)) == {"pod1"}
         gone.close()
@@ -172,6 +176,6 @@ def test_switch_from_and_to_iptables(node: Node) -> None:
             node.agent.mode = mode
             node.agent.start()
             assert set(pod.tcp(known.WEB[0], 80, 3)) == {"pod1"}
-            eventually(lambda: bool(node.saved()) is has_servers, "virtual servers to come or go")  # noqa: B023
+            eventually(partial(node.has_servers, has_servers), "virtual servers to come or go", timeout_s=60)
             assert ("KUBE-SVC-" in node.run("iptables-save")) is not has_servers
             assert set(pod.tcp(known.WEB[0], 80, 3)) == {"pod1"}
