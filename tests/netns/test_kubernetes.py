@@ -6,6 +6,7 @@ import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,7 @@ from rig.kernel import enter
 from rig.objects import endpoint_slice, service
 from rig.probe import Probe
 from rig.topology import NODE_IPS, NODE_NAME, POD_CIDRS
-from rig.wait import eventually
+from rig.wait import eventually as soon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from rig.topology import Topology
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
+
+eventually = partial(soon, timeout_s=60)  # commands of the agent, on a machine that may be busy
 
 VIP = "10.96.0.10"
 PORT = 6443  # a port that was chosen by the kernel would be another one after a kill
