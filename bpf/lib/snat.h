@@ -79,15 +79,14 @@ static __always_inline bool take_port(struct scratch *room)
 			port = key->sport;
 		room->twin_key.dport = port;
 		other = map_lookup(conntrack, &room->twin_key);
-		if (other) {
-			if (is_closed(other->state))
-				closed = port;
-			continue;
+		if (!other && !map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST)) {
+			room->flow.sport = port;
+			return true;
 		}
-		if (map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST))
-			continue;
-		room->flow.sport = port;
-		return true;
+		if (!other)
+			other = map_lookup(new_flows, &room->twin_key);
+		if (other && is_closed(other->state))
+			closed = port;
 	}
 	room->twin_key.dport = closed;
 	if (!closed || !free_port(room) ||
