@@ -6,11 +6,14 @@
  * source again. Where a reply might not come back through this node the source becomes this node's, too: both
  * directions are then translated by tc_ingress, and leave by their next hop past the kernel's routing.
  *
- * Limits. Fragments are left alone (VERDICT_FRAGMENT): a later one shows no ports. An SCTP association is
- * known by its first pair of addresses: no multihoming. AH can't be translated.
+ * ICMP errors about a flow are translated with it (icmp.h), fragments follow their first (fragments.h).
+ *
+ * Limits. An SCTP association is known by its first pair of addresses: no multihoming; in fragments it keeps its port
+ * or is dropped. AH can't be translated.
  */
 #include "platform.h"
 #include "dsr.h"
+#include "icmp.h"
 #include "parse.h"
 #include "reject.h"
 #include "rewrite.h"
@@ -34,12 +37,13 @@ static __always_inline bool exceeds(struct __sk_buff *skb, const struct packet *
 }
 
 /* Why a packet can't be sent on to its next hop; VERDICT_CONTINUE: it can. */
-static __always_inline enum verdict check_hop(struct __sk_buff *skb, const struct packet *packet,
+static __always_inline enum verdict check_hop(struct __sk_buff *skb, struct scratch *room,
 					      const struct flow *flow)
 {
-	if (packet->hops <= 1)
+	if (room->packet.hops <= 1)
 		return VERDICT_HOPS;
-	return exceeds(skb, packet, flow) ? VERDICT_TOO_BIG : VERDICT_CONTINUE;
+	room->mtu = flow->hop.mtu - tunnel_growth(&room->packet, flow);
+	return exceeds(skb, &room->packet, flow) ? VERDICT_TOO_BIG : VERDICT_CONTINUE;
 }
 
 /* Turns to the packet inside, if the one outside may come from another node (dsr.h). */
@@ -61,16 +65,27 @@ static __always_inline enum verdict look_inside(struct __sk_buff *skb, struct or
 	return verdict || ip_size(packet) > size ? VERDICT_NOT_OURS : VERDICT_CONTINUE;
 }
 
+/* A fragment whose first is not known. The node's own traffic is put together by the stack; on its way to a VIP the
+ * fragment would only wander between the routers and this node.
+ */
+static __always_inline enum verdict judge_early(struct scratch *room, __u32 kinds)
+{
+	if (unused_port(kinds) != VERDICT_NOT_OURS)
+		room->action = TC_ACT_SHOT;
+	return VERDICT_FRAGMENT_EARLY;
+}
+
 static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *origin, __u64 now,
 					 struct flow **flow)
 {
-	struct packet *packet = &origin->room->packet;
+	struct scratch *room = origin->room;
+	struct packet *packet = &room->packet;
 	enum verdict verdict;
 	struct vip *vip;
 	__u32 kinds = 0;
 
-	verdict = forget_path(origin->room, parse_addresses(skb, packet));
-	verdict = forget_path(origin->room, verdict ?: look_inside(skb, origin));
+	verdict = forget_path(room, parse_addresses(skb, packet));
+	verdict = forget_path(room, verdict ?: look_inside(skb, origin));
 	if (verdict)
 		return verdict;
 	if (!origin->outer) {
@@ -79,10 +94,20 @@ static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *o
 			return VERDICT_NOT_OURS;
 		kinds = vip->kinds;
 	}
-	verdict = forget_path(origin->room, parse_ports(skb, packet));
-	if (origin->outer)
-		return verdict ? VERDICT_NOT_OURS : track_received(origin, now, flow);
-	return verdict ?: track(origin, kinds, now, flow);
+	verdict = forget_path(room, parse_ports(skb, packet));
+	if (verdict == VERDICT_UNKNOWN_L4 && read_error(skb, room))
+		return find_related(origin, kinds, flow);
+	if (verdict && origin->outer)
+		return VERDICT_NOT_OURS;
+	if (verdict == VERDICT_UNKNOWN_L4 && is_echo(skb, packet))
+		return judge_echo(kinds);
+	if (verdict == VERDICT_FRAGMENT)
+		return judge_early(room, kinds);
+	if (verdict)
+		return verdict;
+	if (packet->fragment == FRAGMENT_FIRST)
+		note_first(packet, now);
+	return origin->outer ? track_received(origin, now, flow) : track(origin, kinds, now, flow);
 }
 
 /* Translates a packet. room->action: what to do with it, where that is not the next filter's matter. */
@@ -102,22 +127,25 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 	enum verdict verdict, problem;
 
 	verdict = forget_path(room, find(skb, &origin, now, &flow));
-	if (!is_translated(verdict) || !flow)
+	if (!flow || !(is_translated(verdict) || verdict == VERDICT_RELATED))
 		return verdict;
 	if (flow->flags & (FLOW_SNAT | FLOW_DSR)) {
 		renew_hop(&origin, flow, now);
 		is_forwarded = flow->hop.kind != HOP_HERE;
 		if (!is_forwarded && flow->flags & FLOW_DSR)
 			return VERDICT_NO_ROUTE;
-		problem = is_forwarded ? check_hop(skb, packet, flow) : VERDICT_CONTINUE;
+		problem = is_forwarded ? check_hop(skb, room, flow) : VERDICT_CONTINUE;
+		/* Who sent the packet inside of another is not asked to send less. */
 		if (problem)
-			return problem;
+			return origin.outer ? VERDICT_NO_ROUTE : problem;
 	}
-	if (verdict != VERDICT_NEW)
+	if (is_translated(verdict) && verdict != VERDICT_NEW)
 		count_packet(packet, flow);
 	if (origin.outer && !unwrap(skb, packet, origin.outer))
 		return VERDICT_REWRITE_FAILED;
-	if (!(flow->flags & FLOW_DSR) && !rewrite(skb, room, flow))
+	/* To a backend of FLOW_DSR the packet goes as it is; the node there translates it. */
+	if (!(flow->flags & FLOW_DSR) && !(verdict == VERDICT_RELATED ? rewrite_error(skb, room, flow)
+								      : rewrite(skb, room, flow)))
 		return VERDICT_REWRITE_FAILED;
 	if (!is_forwarded)
 		return verdict;
@@ -134,16 +162,22 @@ static __always_inline enum verdict restore(struct __sk_buff *skb, struct scratc
 	struct packet *packet = &room->packet;
 	struct flow *flow;
 	enum verdict verdict;
-	bool is_new;
+	bool is_new, is_related = false;
 
 	verdict = forget_path(room, parse_addresses(skb, packet) ?: parse_ports(skb, packet));
-	if (verdict)
+	if (verdict == VERDICT_UNKNOWN_L4)
+		is_related = read_error(skb, room);
+	if (verdict && !is_related)
 		return verdict;
 	packet->flow.dir = FLOW_REPLY;
 	flow = find_flow(&packet->flow, &is_new);
 	/* Of a translated source the reply came in by tc_ingress. */
 	if (!flow || flow->flags & FLOW_SNAT)
-		return VERDICT_NOT_OURS;
+		return verdict ?: VERDICT_NOT_OURS;
+	if (is_related)
+		return rewrite_error(skb, room, flow) ? VERDICT_RELATED : VERDICT_REWRITE_FAILED;
+	if (packet->fragment == FRAGMENT_FIRST)
+		note_first(packet, bpf_ktime_get_ns());
 	if (is_bypass(packet, flow)) {
 		remove_flow(room, flow);
 		return VERDICT_NOT_OURS;
@@ -180,8 +214,12 @@ int tc_ingress(struct __sk_buff *skb)
 	room->action = TC_ACT_UNSPEC;
 	room->sctp_change = 0;
 	verdict = forget_path(room, translate(skb, room));
-	if (is_rejection(verdict))
-		verdict = reject(skb, &room->packet, verdict, &is_answer);
+	if (verdict == VERDICT_ECHO) {
+		verdict = echo(skb, &room->packet);
+		is_answer = verdict == VERDICT_ECHO;
+	} else if (is_rejection(verdict) || is_stuck(verdict)) {
+		verdict = answer(skb, room, verdict, &is_answer);
+	}
 	if (is_answer)
 		room->action = bpf_redirect(skb->ifindex, 0);
 	return tc_exit(skb, room, verdict);

@@ -63,6 +63,7 @@ enum vip_kind {
 	VIP_NODE = 8,			/* an address of this node that serves NodePorts */
 	VIP_LOCAL = 16,			/* an address of this node: never reject its unused ports */
 	VIP_SNAT = 32,			/* an address of this node that translated sources get: replies come to it */
+	VIP_PINGABLE = 64,		/* a frontend here has backends: echo requests are answered */
 };
 
 /* Value of map vips. Key: struct addr. 127.0.0.0/8 is looked up as 127.0.0.1. No bit at all: an address
@@ -321,6 +322,37 @@ enum packet_event {
 	EVENT_ACCEPT = 8,		/* SYN with ACK; INIT ACK */
 };
 
+enum fragment_kind {
+	FRAGMENT_NONE = 0,		/* a whole packet */
+	FRAGMENT_FIRST = 1,		/* has the ports */
+	FRAGMENT_LATER = 2,		/* has none */
+};
+
+/* Key of LRU map fragments: what tells the fragments of one packet from those of others (RFC 791 3.2, RFC 8200 4.5). */
+struct fragment_key {
+	struct addr src;
+	struct addr dst;
+	__be32 id;
+	__u8 proto;			/* IPv6: 0, each fragment may show another next header */
+	__u8 pad[3];
+};
+
+/* Value of LRU map fragments: what the first fragment showed. */
+struct fragment {
+	__be16 sport;
+	__be16 dport;
+	__u8 proto;			/* IPPROTO_* */
+	__u8 pad[3];
+	__u64 seen_ns;			/* CLOCK_MONOTONIC */
+};
+
+/* The packet that an ICMP error quotes. */
+struct quote {
+	struct addr reporter;		/* who sent the error */
+	__u32 l4;			/* from the ICMP header to what is quoted behind the IP header */
+	__u32 l4_size;			/* bytes from there to the end */
+};
+
 /* What the programs know of the packet at hand. */
 struct packet {
 	struct flow_key flow;		/* as the packet shows it */
@@ -329,11 +361,12 @@ struct packet {
 	__u32 l4_size;			/* bytes from there to the end of the IP packet */
 	__u32 count;			/* packets on the wire that it stands for (GSO, GRO) */
 	__u8 version;			/* 4 | 6 */
-	__u8 is_fragment;
+	__u8 fragment;			/* enum fragment_kind */
 	__u8 next;			/* protocol of what is at l4 */
 	__u8 events;			/* bits of enum packet_event */
 	__u8 hops;			/* TTL, hop limit */
 	__u8 pad[3];
+	__be32 fragment_id;
 };
 
 /* The one value of per-CPU array scratch: room that the stack does not have. The packet is here because the
@@ -341,9 +374,10 @@ struct packet {
  */
 struct scratch {
 	struct packet packet;
+	struct quote quote;
 	__u32 verdict;
 	__s32 action;			/* TC_ACT_* */
-	__u32 pad;
+	__u32 mtu;			/* that a packet is too big for */
 	__u32 sctp_change;		/* old ports XOR new ones, still to be added to the checksum */
 	struct addr outer_src;		/* of a packet that came encapsulated */
 	struct addr outer_dst;
@@ -414,7 +448,7 @@ enum verdict {
 	VERDICT_DROP_EMPTY = 6,		/* policy Local, no local backend */
 	VERDICT_REJECT_UNUSED = 7,	/* a VIP's port that no Service uses */
 	VERDICT_DROP_SOURCE = 8,	/* outside loadBalancerSourceRanges */
-	VERDICT_FRAGMENT = 9,		/* a fragment, first or later: left alone */
+	VERDICT_FRAGMENT = 9,		/* a later fragment of what is not translated: left alone */
 	VERDICT_TRUNCATED = 10,		/* headers run past the packet's end: left alone */
 	VERDICT_UNKNOWN_L4 = 11,	/* no TCP, UDP or SCTP header found: left alone */
 	VERDICT_MAP_FULL = 12,		/* an insert failed: the connection was refused */
@@ -426,7 +460,10 @@ enum verdict {
 	VERDICT_NO_ROUTE = 18,		/* the kernel knows no way to the next hop: dropped */
 	VERDICT_HOPS = 19,		/* TTL or hop limit used up */
 	VERDICT_TOO_BIG = 20,		/* larger than the next hop's MTU */
-	VERDICT_MAX = 21,		/* number of verdicts, not one */
+	VERDICT_RELATED = 21,		/* ICMP error about a known flow translated */
+	VERDICT_ECHO = 22,		/* echo request to a VIP answered */
+	VERDICT_FRAGMENT_EARLY = 23,	/* a fragment to a VIP whose first fragment was not seen */
+	VERDICT_MAX = 24,		/* number of verdicts, not one */
 };
 
 #endif /* EBPFPROXY_ABI_H */

@@ -9,6 +9,7 @@
 #define EBPFPROXY_FRAME_H
 
 #include "packet.h"
+#include "sum.h"
 
 #define FRAME_L3 sizeof(struct ethhdr)
 
@@ -81,7 +82,7 @@ static __always_inline void *read_ip(struct xdp_md *ctx, struct packet *packet, 
 	packet->l3 = l3;
 	packet->l4 = l3 + header;
 	packet->l4_size = size - header;
-	packet->is_fragment = 0;
+	packet->fragment = FRAGMENT_NONE;
 	packet->count = 1;
 	packet->flow.proto = packet->next;
 	packet->flow.pad[0] = 0;
@@ -101,30 +102,6 @@ static __always_inline void *read_addresses(struct xdp_md *ctx, struct packet *p
 	if (eth->h_proto == bpf_htons(ETHERTYPE_IP6))
 		return read_ip(ctx, packet, false, FRAME_L3);
 	return NULL;
-}
-
-/* One's complement sum (RFC 1071) with `from` taken out and `to` put in (RFC 1624, equation 3). */
-static __always_inline __u64 sum_exchange(__u64 sum, __u32 from, __u32 to)
-{
-	return sum + (__u32)~from + to;
-}
-
-static __always_inline __u64 sum_exchange_addr(__u64 sum, const struct addr *from,
-					       const struct addr *to)
-{
-	sum = sum_exchange(sum, from->w[0], to->w[0]);
-	sum = sum_exchange(sum, from->w[1], to->w[1]);
-	sum = sum_exchange(sum, from->w[2], to->w[2]);
-	return sum_exchange(sum, from->w[3], to->w[3]);
-}
-
-static __always_inline __u16 sum_finish(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return ~sum;
 }
 
 static __always_inline __u16 l4_sum(__u16 check, const struct packet *packet,

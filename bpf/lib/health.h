@@ -10,7 +10,6 @@
 
 #include "maps.h"
 
-#define NSEC_PER_SEC 1000000000ULL
 
 static __always_inline void note_success(__u32 backend)
 {

@@ -38,7 +38,7 @@ static __always_inline bool is_tunnelled(const struct packet *packet)
 {
 	__u8 next = packet->version == IP4_VERSION ? IPPROTO_IPIP : IPPROTO_IPV6;
 
-	return packet->next == next && !packet->is_fragment &&
+	return packet->next == next && !packet->fragment &&
 	       packet->l4 - packet->l3 == tunnel_size(packet->version);
 }
 

@@ -25,6 +25,7 @@ MAP(sockets, LRU_HASH, struct socket_key, struct socket_flow, 131072, 0);
 MAP(conntrack, HASH, struct flow_key, struct flow, 262144, 0);
 MAP(new_flows, LRU_HASH, struct flow_key, struct flow, 65536, 0);
 MAP(affinity, LRU_HASH, struct affinity_key, struct affinity, 131072, 0);
+MAP(fragments, LRU_HASH, struct fragment_key, struct fragment, 16384, 0);
 MAP(backend_hops, ARRAY, __u32, struct backend_hop, 262144, 0);
 MAP(outliers, HASH, __u32, struct outlier, 65536, BPF_F_NO_PREALLOC);
 MAP(backend_health, ARRAY, __u32, struct backend_health, 262144, BPF_F_MMAPABLE);

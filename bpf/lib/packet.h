@@ -27,6 +27,33 @@ struct sctp_header {
 	__le32 checksum;
 };
 
+/* RFC 792 and RFC 4443 2.1; in an error the packet that it is about follows. */
+struct icmp_header {
+	__u8 type;
+	__u8 code;
+	__be16 checksum;
+	__be32 rest; /* by type: unused, MTU, identifier and sequence number */
+};
+
+#define ICMP_SIZE 8
+
+/* RFC 792; RFC 4443 3, 4 */
+enum icmp4_type {
+	ICMP4_UNREACHABLE = 3,
+	ICMP4_ECHO = 8,
+	ICMP4_TIME_EXCEEDED = 11,
+	ICMP4_PARAMETER = 12,
+};
+
+enum icmp6_type {
+	ICMP6_UNREACHABLE = 1,
+	ICMP6_TOO_BIG = 2,
+	ICMP6_TIME_EXCEEDED = 3,
+	ICMP6_PARAMETER = 4,
+	ICMP6_ECHO = 128,
+	ICMP6_ECHO_REPLY = 129,
+};
+
 enum sctp_chunk {
 	SCTP_INIT = 1,
 	SCTP_INIT_ACK = 2,
@@ -50,6 +77,11 @@ static __always_inline enum verdict forget_path(struct scratch *room, enum verdi
 	*(volatile __u32 *)&room->verdict = verdict;
 	barrier();
 	return *(volatile __u32 *)&room->verdict;
+}
+
+static __always_inline bool is_icmp(const struct packet *packet)
+{
+	return packet->next == (packet->version == IP4_VERSION ? IPPROTO_ICMP : IPPROTO_ICMPV6);
 }
 
 /* Bytes of the IP packet. */

@@ -7,6 +7,7 @@
 #ifndef EBPFPROXY_PARSE_H
 #define EBPFPROXY_PARSE_H
 
+#include "fragments.h"
 #include "packet.h"
 
 /* IEEE 802.1ad allows one service and one customer tag; the kernel keeps the outer one beside the packet. */
@@ -41,6 +42,7 @@ struct ip6_extension {
 	__u8 next;
 	__u8 length; /* in 8 bytes, the first 8 not counted; fragment: reserved */
 	__be16 rest; /* routing: type, segments left; fragment: offset, more */
+	__be32 id; /* fragment */
 };
 
 /* Returns `size` bytes at `offset` if they are in the linear part. */
@@ -97,6 +99,13 @@ static __always_inline bool has_ethernet(struct __sk_buff *skb, const struct eth
 	return here != there;
 }
 
+static __always_inline enum fragment_kind fragment_kind(bool has_offset, bool has_more)
+{
+	if (has_offset)
+		return FRAGMENT_LATER;
+	return has_more ? FRAGMENT_FIRST : FRAGMENT_NONE;
+}
+
 static __always_inline enum verdict parse_ip4(struct __sk_buff *skb, struct packet *packet)
 {
 	struct iphdr *ip = header(skb, packet->l3, sizeof(*ip));
@@ -116,8 +125,9 @@ static __always_inline enum verdict parse_ip4(struct __sk_buff *skb, struct pack
 	packet->l4_size = length > size ? length - size : 0;
 	packet->next = ip->protocol;
 	packet->hops = ip->ttl;
-	packet->is_fragment =
-		!!(ip->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET));
+	packet->fragment = fragment_kind(ip->frag_off & bpf_htons(IP4_FRAGMENT_OFFSET),
+					 ip->frag_off & bpf_htons(IP4_MORE_FRAGMENTS));
+	packet->fragment_id = ip->id;
 	return VERDICT_CONTINUE;
 }
 
@@ -139,7 +149,7 @@ static __always_inline enum verdict parse_ip6(struct __sk_buff *skb, struct pack
 	packet->l4_size = length;
 	packet->next = ip->nexthdr;
 	packet->hops = ip->hop_limit;
-	packet->is_fragment = 0;
+	packet->fragment = FRAGMENT_NONE;
 	return VERDICT_CONTINUE;
 }
 
@@ -176,7 +186,7 @@ static __always_inline enum verdict parse_addresses(struct __sk_buff *skb, struc
 	return VERDICT_NOT_OURS;
 }
 
-/* Steps over extension headers, to a header that has none behind it. */
+/* Steps over extension headers, to a header that has none behind it; in a later fragment there is none to find. */
 static __always_inline enum verdict skip_extensions(struct __sk_buff *skb, struct packet *packet)
 {
 	for (int i = 0; i <= IP6_EXT_MAX; i++) {
@@ -202,8 +212,10 @@ static __always_inline enum verdict skip_extensions(struct __sk_buff *skb, struc
 		size = 8;
 		if (packet->next == IPPROTO_FRAGMENT) {
 			/* RFC 6946: an atomic fragment is a whole packet. */
-			if (extension->rest & bpf_htons(IP6_FRAGMENT_OFFSET | IP6_MORE_FRAGMENTS))
-				return VERDICT_FRAGMENT;
+			packet->fragment =
+				fragment_kind(extension->rest & bpf_htons(IP6_FRAGMENT_OFFSET),
+					      extension->rest & bpf_htons(IP6_MORE_FRAGMENTS));
+			packet->fragment_id = extension->id;
 		} else {
 			/* Segments left: the destination is a waypoint, not the packet's end. */
 			if (packet->next == IPPROTO_ROUTING && extension->rest & bpf_htons(0xff))
@@ -215,6 +227,8 @@ static __always_inline enum verdict skip_extensions(struct __sk_buff *skb, struc
 		packet->next = extension->next;
 		packet->l4 += size;
 		packet->l4_size -= size;
+		if (packet->fragment == FRAGMENT_LATER)
+			return VERDICT_CONTINUE;
 	}
 	return VERDICT_UNKNOWN_L4;
 }
@@ -270,17 +284,17 @@ static __always_inline enum verdict parse_sctp(struct __sk_buff *skb, struct pac
 	return VERDICT_CONTINUE;
 }
 
-/* Finishes what parse_addresses() began: protocol, ports and events. */
+/* Finishes what parse_addresses() began: protocol, ports and events. A later fragment has those of its first. */
 static __always_inline enum verdict parse_ports(struct __sk_buff *skb, struct packet *packet)
 {
 	enum verdict verdict = VERDICT_CONTINUE;
 
-	if (packet->is_fragment)
-		return VERDICT_FRAGMENT;
 	if (packet->version == IP6_VERSION)
 		verdict = skip_extensions(skb, packet);
 	if (verdict)
 		return verdict;
+	if (packet->fragment == FRAGMENT_LATER)
+		return follow_first(packet);
 	packet->flow.proto = packet->next;
 	packet->flow.pad[0] = 0;
 	packet->flow.pad[1] = 0;

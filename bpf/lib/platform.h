@@ -64,6 +64,8 @@
 #define EADDRINUSE   98
 #define ECONNREFUSED 111
 
+#define NSEC_PER_SEC 1000000000ULL
+
 /* An atomic `*p += n`. The old value can't be had: that takes kernel 5.12. */
 #define atomic_add(p, n) ((void)__sync_fetch_and_add((p), (n)))
 

@@ -1,17 +1,20 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * reject.h - the answer to a connection that nobody serves: TCP RST, else ICMP port unreachable.
+ * reject.h - the answer to a packet that goes no further. To a connection that nobody serves: TCP RST, else ICMP port
+ * unreachable. To a packet that can't be sent on: ICMP time exceeded, ICMP packet too big (IPv4: fragmentation needed).
  *
  * The refused packet becomes the answer: it is cut to size, overwritten, and leaves by the device it came from.
- * The answer comes from the VIP, has no options, and right checksums in software: its buffer may have come with
- * a checksum that a device was to finish (CHECKSUM_PARTIAL), which must not be done to the answer.
+ * The answer has no options, and right checksums in software: its buffer may have come with a checksum that a device
+ * was to finish (CHECKSUM_PARTIAL), which must not be done to the answer. Refusals come from the VIP, as a host's
+ * would; what a router says comes from this node, so that traceroute shows it. The quote is always the packet as it came.
  */
 #ifndef EBPFPROXY_REJECT_H
 #define EBPFPROXY_REJECT_H
 
 #include "maps.h"
+#include "hop.h"
 #include "parse.h"
-#include "select.h"
+#include "verdict.h"
 
 /* net.ipv4.icmp_msgs_per_sec, the kernel's own limit, here for each CPU; that many may come at once: a service
  * that loses its last backend has all its clients back in an instant.
@@ -24,7 +27,6 @@
 #define IP6_SIZE     40
 #define IP4_SIZE_MAX 60
 #define TCP_SIZE     20
-#define ICMP_SIZE    8
 
 /* RFC 1812 4.3.2.3: as much as fits into 576 bytes; RFC 4443 2.4 (c): as much as fits into 1280. */
 #define IP4_QUOTE_MAX (576 - IP4_SIZE - ICMP_SIZE)
@@ -40,11 +42,10 @@
 #define TCP_FLAG_RST	  0x04
 #define TCP_FLAG_ACK	  0x10
 
-/* RFC 792; RFC 4443 3.1: destination unreachable, port unreachable. */
-#define ICMP4_UNREACHABLE 3
-#define ICMP4_PORT	  3
-#define ICMP6_UNREACHABLE 1
-#define ICMP6_PORT	  4
+/* Codes of "destination unreachable": RFC 792; RFC 4443 3.1. */
+#define ICMP4_PORT		3
+#define ICMP4_FRAGMENT_NEEDED	4
+#define ICMP6_PORT		4
 
 /* linux/if_packet.h */
 #define PACKET_BROADCAST 1
@@ -53,14 +54,6 @@
 /* bpf_csum_diff() takes at most the size of a program's stack (before 6.13); an L4 answer has at most three parts. */
 #define SUM_MAX	  512
 #define SUM_PARTS 3
-
-/* RFC 792 and RFC 4443 2.1; the quote follows. */
-struct icmp_header {
-	__u8 type;
-	__u8 code;
-	__be16 checksum;
-	__be32 unused;
-};
 
 /* The answer is made here before it is written to the packet: struct reject.packet. L4 always starts at the
  * same place, an IPv4 header leaves room in front.
@@ -113,11 +106,13 @@ static __always_inline bool is_sound_ip4(struct __sk_buff *skb, const struct pac
 	return !fold(bpf_csum_diff(NULL, 0, (__be32 *)scratch, size, 0));
 }
 
-/* Whether the packet may be answered at all. */
+/* Whether the packet may be answered at all (RFC 1122 3.2.2, RFC 4443 2.4 (e)). */
 static __always_inline bool may_answer(struct __sk_buff *skb, const struct packet *packet,
 				       struct reject *scratch)
 {
 	if (packet->events & EVENT_RESET || packet->l4 + packet->l4_size > skb->len)
+		return false;
+	if (packet->fragment == FRAGMENT_LATER)
 		return false;
 	if (skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_MULTICAST)
 		return false;
@@ -192,10 +187,35 @@ static __always_inline __u32 make_reset(struct __sk_buff *skb, const struct pack
 	return TCP_SIZE;
 }
 
-/* Port unreachable, with the start of the packet it is about. Returns the size of the answer's L4, 0 on failure. */
-static __always_inline __u32 make_unreachable(struct __sk_buff *skb, const struct packet *packet,
-					      struct reject *scratch)
+/* Writes type, code and MTU of the error that a verdict asks for. RFC 1191 4: the MTU is the lower half of `rest`;
+ * RFC 4443 3.2: all of it.
+ */
+static __always_inline void fill_error(struct icmp_header *icmp, bool is_v4, enum verdict verdict,
+				       __u32 mtu)
 {
+	icmp->checksum = 0;
+	icmp->rest = 0;
+	switch (verdict) {
+	case VERDICT_HOPS:
+		icmp->type = is_v4 ? ICMP4_TIME_EXCEEDED : ICMP6_TIME_EXCEEDED;
+		icmp->code = 0;
+		break;
+	case VERDICT_TOO_BIG:
+		icmp->type = is_v4 ? ICMP4_UNREACHABLE : ICMP6_TOO_BIG;
+		icmp->code = is_v4 ? ICMP4_FRAGMENT_NEEDED : 0;
+		icmp->rest = bpf_htonl(mtu);
+		break;
+	default:
+		icmp->type = is_v4 ? ICMP4_UNREACHABLE : ICMP6_UNREACHABLE;
+		icmp->code = is_v4 ? ICMP4_PORT : ICMP6_PORT;
+	}
+}
+
+/* An ICMP error, with the start of the packet it is about. Returns the size of the answer's L4, 0 on failure. */
+static __always_inline __u32 make_error(struct __sk_buff *skb, const struct scratch *room,
+					struct reject *scratch, enum verdict verdict)
+{
+	const struct packet *packet = &room->packet;
 	struct icmp_header *icmp = (struct icmp_header *)(scratch->packet + REJECT_L4);
 	__u8 *quote = scratch->packet + REJECT_L4 + ICMP_SIZE;
 	bool is_v4 = packet->version == IP4_VERSION;
@@ -211,10 +231,7 @@ static __always_inline __u32 make_unreachable(struct __sk_buff *skb, const struc
 	quote[size] = 0;
 	quote[size + 1] = 0;
 	quote[size + 2] = 0;
-	icmp->type = is_v4 ? ICMP4_UNREACHABLE : ICMP6_UNREACHABLE;
-	icmp->code = is_v4 ? ICMP4_PORT : ICMP6_PORT;
-	icmp->checksum = 0;
-	icmp->unused = 0;
+	fill_error(icmp, is_v4, verdict, room->mtu);
 	size += ICMP_SIZE;
 	if (!is_v4)
 		sum = sum_pseudo(packet, IPPROTO_ICMPV6, size);
@@ -289,23 +306,28 @@ static __always_inline long replace(struct __sk_buff *skb, const struct packet *
 				   BPF_F_RECOMPUTE_CSUM | BPF_F_INVALIDATE_HASH);
 }
 
-/* Turns a packet that is refused with `verdict` into its answer. Returns what to count; *is_answer: send it. */
-static __always_inline enum verdict reject(struct __sk_buff *skb, const struct packet *packet,
+/* Turns a packet that goes no further, for `verdict`, into its answer. Returns what to count; *is_answer: send it. */
+static __always_inline enum verdict answer(struct __sk_buff *skb, struct scratch *room,
 					   enum verdict verdict, bool *is_answer)
 {
-	bool is_tcp = packet->flow.proto == IPPROTO_TCP;
+	struct packet *packet = &room->packet;
+	bool is_reset = is_rejection(verdict) && packet->flow.proto == IPPROTO_TCP;
+	bool is_v4 = packet->version == IP4_VERSION;
 	__u32 zero = 0, ip_size, l4_size;
 	struct reject *scratch = map_lookup(rejects, &zero);
-	__u8 proto = is_tcp ? IPPROTO_TCP : IPPROTO_ICMPV6;
+	__u8 proto = is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6;
 
-	if (!scratch || !may_answer(skb, packet, scratch))
+	/* An error about an error would have no end. */
+	if (!scratch || is_icmp(packet) || !may_answer(skb, packet, scratch))
 		return verdict;
 	if (!take_budget(scratch))
 		return VERDICT_REJECT_LIMITED;
-	if (!is_tcp && packet->version == IP4_VERSION)
-		proto = IPPROTO_ICMP;
-	l4_size =
-		is_tcp ? make_reset(skb, packet, scratch) : make_unreachable(skb, packet, scratch);
+	if (is_reset)
+		proto = IPPROTO_TCP;
+	else if (!is_rejection(verdict))
+		find_source(skb->ifindex, is_v4, &packet->flow.dst);
+	l4_size = is_reset ? make_reset(skb, packet, scratch)
+			   : make_error(skb, room, scratch, verdict);
 	if (!l4_size)
 		return verdict;
 	ip_size = make_ip(packet, scratch, proto, l4_size);

@@ -23,6 +23,12 @@ static __always_inline __u32 l4_checksum(const struct packet *packet, __u64 *fla
 	return packet->l4 + offsetof(struct udphdr, check);
 }
 
+/* Whether the packet has a checksum of L4 that covers the addresses. */
+static __always_inline bool sums_addresses(const struct packet *packet)
+{
+	return packet->flow.proto != IPPROTO_SCTP && packet->fragment != FRAGMENT_LATER;
+}
+
 static __always_inline long rewrite_ip4(struct __sk_buff *skb, const struct packet *packet,
 					bool is_source, const struct addr *old,
 					const struct addr *new)
@@ -34,7 +40,7 @@ static __always_inline long rewrite_ip4(struct __sk_buff *skb, const struct pack
 	__u32 check = l4_checksum(packet, &flags);
 	long err = 0;
 
-	if (packet->flow.proto != IPPROTO_SCTP)
+	if (sums_addresses(packet))
 		err = bpf_l4_csum_replace(skb, check, from, to,
 					  flags | BPF_F_PSEUDO_HDR | sizeof(to));
 	return err ?: bpf_l3_csum_replace(skb, packet->l3 + offsetof(struct iphdr, check), from, to, sizeof(to))
@@ -50,7 +56,7 @@ static __always_inline long rewrite_ip6(struct __sk_buff *skb, const struct pack
 	__u32 check = l4_checksum(packet, &flags);
 	long err = 0;
 
-	if (packet->flow.proto != IPPROTO_SCTP) {
+	if (sums_addresses(packet)) {
 		__s64 diff = bpf_csum_diff(old->w, sizeof(*old), new->w, sizeof(*new), 0);
 
 		err = bpf_l4_csum_replace(skb, check, 0, diff, flags | BPF_F_PSEUDO_HDR);
@@ -99,8 +105,11 @@ static __always_inline long rewrite_ports(struct __sk_buff *skb, struct scratch 
 
 	__builtin_memcpy(&from, &old, sizeof(from));
 	__builtin_memcpy(&to, new, sizeof(to));
-	if (from == to)
+	if (from == to || packet->fragment == FRAGMENT_LATER)
 		return 0;
+	/* SCTP's correction depends on how long the whole packet is, which its first fragment does not say. */
+	if (packet->flow.proto == IPPROTO_SCTP && packet->fragment)
+		return -1;
 	if (packet->flow.proto == IPPROTO_SCTP)
 		room->sctp_change = le32(from ^ to);
 	else
@@ -130,11 +139,9 @@ static __always_inline bool rewrite(struct __sk_buff *skb, struct scratch *room,
 			 ?: rewrite_ports(skb, room, &ports));
 }
 
-/* One router less, as the kernel's own forwarding has it (RFC 1812 5.3.1, RFC 8200 3). */
-static __always_inline bool take_hop(struct __sk_buff *skb, const struct packet *packet)
+/* Writes TTL or hop limit. */
+static __always_inline bool set_hops(struct __sk_buff *skb, const struct packet *packet, __u8 hops)
 {
-	__u8 hops = packet->hops - 1;
-
 	if (packet->version == IP6_VERSION)
 		return !bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct ipv6hdr, hop_limit),
 					    &hops, sizeof(hops), BPF_F_RECOMPUTE_CSUM);
@@ -144,6 +151,12 @@ static __always_inline bool take_hop(struct __sk_buff *skb, const struct packet 
 				    sizeof(__be16)) &&
 	       !bpf_skb_store_bytes(skb, packet->l3 + offsetof(struct iphdr, ttl), &hops,
 				    sizeof(hops), 0);
+}
+
+/* One router less, as the kernel's own forwarding has it (RFC 1812 5.3.1, RFC 8200 3). */
+static __always_inline bool take_hop(struct __sk_buff *skb, const struct packet *packet)
+{
+	return set_hops(skb, packet, packet->hops - 1);
 }
 
 #endif /* EBPFPROXY_REWRITE_H */

@@ -28,6 +28,12 @@ static __always_inline bool is_rejection(enum verdict verdict)
 	return verdict == VERDICT_REJECT_EMPTY || verdict == VERDICT_REJECT_UNUSED;
 }
 
+/* Can't be sent on: the sender is told, as a router tells it. */
+static __always_inline bool is_stuck(enum verdict verdict)
+{
+	return verdict == VERDICT_HOPS || verdict == VERDICT_TOO_BIG;
+}
+
 static __always_inline bool is_refusal(enum verdict verdict)
 {
 	switch (verdict) {

@@ -33,6 +33,7 @@ SIZES = {
     "conntrack": 8192,
     "new_flows": 8192,
     "affinity": 8192,
+    "fragments": 1024,
     "sockets": 8192,
 }
 

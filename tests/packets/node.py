@@ -30,7 +30,7 @@ TC_ACT_UNSPEC = 0xFFFFFFFF
 TC_ACT_SHOT = 2
 TC_ACT_REDIRECT = 7
 #: Verdicts whose packet is an answer, sent back; every other packet goes on.
-REJECTIONS = {"REJECT_EMPTY", "REJECT_UNUSED"}
+REJECTIONS = {"REJECT_EMPTY", "REJECT_UNUSED", "HOPS", "TOO_BIG", "ECHO"}
 
 VERDICTS = {
     getattr(lib, name): name.removeprefix("VERDICT_")
@@ -173,6 +173,7 @@ class Node:
             "conntrack",
             "new_flows",
             "affinity",
+            "fragments",
             "sockets",
         ):
             entries = self.map(name)

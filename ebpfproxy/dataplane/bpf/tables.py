@@ -110,7 +110,7 @@ class RenderedService(NamedTuple):
     backends: dict[bytes, tuple[int, int, int]]  # address + port -> (state, weight, flags); tables index it
     tables: tuple[Sequence[int], ...]  # slot tables
     frontends: tuple[FrontendEntry, ...]
-    vips: frozenset[tuple[bytes, int]]  # (address, kind)
+    vips: frozenset[tuple[bytes, int]]  # (address, kinds)
     source_ranges: tuple[tuple[int, bytes], ...]  # (bits, address)
     affinity_s: int
     scheduler: int
@@ -191,15 +191,18 @@ def render_service(service: Service, masquerade: Masquerade = Masquerade()) -> R
         address = _frontend_address(frontend, family)
         port = pack_port(frontend.port)
         kind = _KIND[frontend.kind]
-        if frontend.address:
-            vips.add((address, kind))
+        pingable = False
         for scope, is_external in _SCOPES:
             policy = service.policy(frontend.kind, is_external=is_external)
             pool = service.pool(frontend.kind, is_external=is_external)
             is_drop = pool.on_empty is Empty.DROP
             flags = _flags(service, frontend.kind, masquerade, is_external=is_external, is_drop=is_drop)
             key = SERVICE_KEY.pack(address, port, proto, scope)
-            frontends.append(FrontendEntry(key, kind, flags, table_of(policy)))
+            table = table_of(policy)
+            frontends.append(FrontendEntry(key, kind, flags, table))
+            pingable = pingable or len(tables[table]) > 0
+        if frontend.address:
+            vips.add((address, kind | (lib.VIP_PINGABLE if pingable else 0)))
     return RenderedService(
         name=name_bytes(service),
         proto=proto,
