@@ -94,6 +94,8 @@ static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *o
 			return VERDICT_NOT_OURS;
 		kinds = vip->kinds;
 	}
+	kinds = forget(room, kinds);
+	origin->outer = forget(room, origin->outer);
 	verdict = forget_path(room, parse_ports(skb, packet));
 	if (verdict == VERDICT_UNKNOWN_L4 && read_error(skb, room))
 		return find_related(origin, kinds, flow);
@@ -139,6 +141,8 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 		if (problem)
 			return origin.outer ? VERDICT_NO_ROUTE : problem;
 	}
+	is_forwarded = forget(room, is_forwarded);
+	origin.is_renewed = forget(room, origin.is_renewed);
 	if (is_translated(verdict) && verdict != VERDICT_NEW)
 		count_packet(packet, flow);
 	if (origin.outer && !unwrap(skb, packet, origin.outer))

@@ -85,7 +85,7 @@ static __always_inline bool read_error(struct __sk_buff *skb, struct scratch *ro
 	struct icmp_header *icmp;
 	struct ports *ports;
 
-	if (!is_icmp(packet) || packet->fragment)
+	if (!is_icmp(packet) || packet->fragment || packet->l4 + packet->l4_size > skb->len)
 		return false;
 	icmp = header(skb, packet->l4, sizeof(*icmp));
 	if (!icmp || !is_error(packet, icmp->type))

@@ -69,14 +69,19 @@ static __always_inline struct scratch *get_scratch(void)
 	return map_lookup(scratch, &zero);
 }
 
-/* Returns the verdict as a number that the verifier knows nothing of: what follows is walked once, not once for
- * each verdict. With it the compiler forgets what else it knows of the scratch.
+/* Returns the number as one that the verifier knows nothing of: what follows is walked once, not once for each
+ * value. With it the compiler forgets what else it knows of the scratch.
  */
-static __always_inline enum verdict forget_path(struct scratch *room, enum verdict verdict)
+static __always_inline __u32 forget(struct scratch *room, __u32 number)
 {
-	*(volatile __u32 *)&room->verdict = verdict;
+	*(volatile __u32 *)&room->verdict = number;
 	barrier();
 	return *(volatile __u32 *)&room->verdict;
+}
+
+static __always_inline enum verdict forget_path(struct scratch *room, enum verdict verdict)
+{
+	return forget(room, verdict);
 }
 
 static __always_inline bool is_icmp(const struct packet *packet)
