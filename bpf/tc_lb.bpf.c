@@ -148,8 +148,9 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 	if (origin.outer && !unwrap(skb, packet, origin.outer))
 		return VERDICT_REWRITE_FAILED;
 	/* To a backend of FLOW_DSR the packet goes as it is; the node there translates it. */
-	if (!(flow->flags & FLOW_DSR) && !(verdict == VERDICT_RELATED ? rewrite_error(skb, room, flow)
-								      : rewrite(skb, room, flow)))
+	if (!(flow->flags & FLOW_DSR) &&
+	    !(verdict == VERDICT_RELATED ? rewrite_error(skb, room, flow)
+					 : rewrite(skb, room, flow)))
 		return VERDICT_REWRITE_FAILED;
 	if (!is_forwarded)
 		return verdict;

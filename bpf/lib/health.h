@@ -10,7 +10,6 @@
 
 #include "maps.h"
 
-
 static __always_inline void note_success(__u32 backend)
 {
 	struct backend_health *health = map_lookup(backend_health, &backend);

@@ -39,8 +39,7 @@ static __always_inline bool read_quote4(struct __sk_buff *skb, struct scratch *r
 	struct iphdr *ip = header(skb, packet->l4 + ICMP_SIZE, sizeof(*ip));
 
 	if (!ip || ip->version != IP4_VERSION || ip->ihl < IP4_HEADER_MIN ||
-	    ip->frag_off & bpf_htons(IP4_FRAGMENT_OFFSET) ||
-	    ip->saddr != packet->flow.dst.w[3])
+	    ip->frag_off & bpf_htons(IP4_FRAGMENT_OFFSET) || ip->saddr != packet->flow.dst.w[3])
 		return false;
 	quote->l4 = ICMP_SIZE + ip->ihl * IP4_WORD;
 	packet->flow.proto = ip->protocol;
@@ -180,13 +179,15 @@ static __always_inline long write_addrs(struct __sk_buff *skb, bool is_v4, __u32
 		if (src)
 			err = bpf_skb_store_bytes(skb, at, &src->w[3], sizeof(__be32),
 						  BPF_F_RECOMPUTE_CSUM);
-		return err ?: bpf_skb_store_bytes(skb, at + sizeof(__be32), &dst->w[3],
-						  sizeof(__be32), BPF_F_RECOMPUTE_CSUM);
+		return err
+			       ?: bpf_skb_store_bytes(skb, at + sizeof(__be32), &dst->w[3],
+						      sizeof(__be32), BPF_F_RECOMPUTE_CSUM);
 	}
 	if (src)
 		err = bpf_skb_store_bytes(skb, at, src, sizeof(*src), BPF_F_RECOMPUTE_CSUM);
-	return err ?: bpf_skb_store_bytes(skb, at + sizeof(*src), dst, sizeof(*dst),
-					  BPF_F_RECOMPUTE_CSUM);
+	return err
+		       ?: bpf_skb_store_bytes(skb, at + sizeof(*src), dst, sizeof(*dst),
+					      BPF_F_RECOMPUTE_CSUM);
 }
 
 /* Gives an error what its flow says, outer and inner header. False: the kernel refused, it may be half changed. */

@@ -43,9 +43,9 @@
 #define TCP_FLAG_ACK	  0x10
 
 /* Codes of "destination unreachable": RFC 792; RFC 4443 3.1. */
-#define ICMP4_PORT		3
-#define ICMP4_FRAGMENT_NEEDED	4
-#define ICMP6_PORT		4
+#define ICMP4_PORT	      3
+#define ICMP4_FRAGMENT_NEEDED 4
+#define ICMP6_PORT	      4
 
 /* linux/if_packet.h */
 #define PACKET_BROADCAST 1

@@ -69,7 +69,8 @@ def expected(packet: Packet, **fields: object) -> bytes:
     if IP in whole:
         whole[IP].delfieldval("chksum")
         whole[IP].flags, whole[IP].id = "", 0
-    return raw(whole[IP] if IP in whole else whole[IPv6])
+    data: bytes = raw(whole[IP] if IP in whole else whole[IPv6])
+    return data
 
 
 def l4(proto: str, sport: int, dport: int) -> Packet:
@@ -151,7 +152,7 @@ def test_fragment_behind_options(node: Node) -> None:
 
 
 def test_later_before_first(node: Node, family: Family) -> None:
-    """On its way to a VIP it is dropped; to the node itself it is the stack's; it never takes another's ports."""
+    """To a VIP it is dropped; to the node itself it is the stack's; it never takes another's ports."""
     node.service(family.vip, PORT, [family.backends[0]], proto="UDP")
     node.vip(family.node, lib.VIP_NODE | lib.VIP_LOCAL | lib.VIP_SNAT)
     ask = l4("UDP", CLIENT_PORT, PORT)

@@ -1,7 +1,7 @@
 """ICMP: errors about translated packets in every direction, errors made here, echo.
 
-A packet is translated first; the error then quotes what left, as a host or router behind would have seen it, and must
-arrive about what its receiver knows. Expected packets are scapy's, all checksums included.
+A packet is translated first; the error then quotes what left, as a host or router behind would have seen it,
+and must arrive about what its receiver knows. Expected packets are scapy's, all checksums included.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def l4(proto: str, sport: int, dport: int, *, is_reply: bool = False) -> Packet:
 
 
 def quotes(seen: Packet, known: bytes, proto: str) -> list[tuple[bytes, bytes]]:
-    """Return what an error may quote of a packet, and what its receiver must find: all of it, 8 bytes of L4."""
+    """Return what an error may quote and what its receiver must find: all of a packet, 8 bytes of its L4."""
     before, after = raw(ip_of(seen)), bytearray(raw(ip_of(Ether(known))))
     head = len(before) - len(raw(ip_of(seen).payload))
     if proto == "SCTP":
@@ -147,7 +147,7 @@ def test_behind_a_translated_source(node: Node, family: Family, proto: str, repo
 @reporters
 @protocols
 def test_on_the_way_out(node: Node, family: Family, proto: str, reporter: str, kind: str) -> None:
-    """A local backend, or this node's own stack, reports to the client about a packet whose source was kept."""
+    """A local backend, or this node's own stack, reports about a packet whose source was kept."""
     flow = begin(node, family, proto, is_snat=False)
     src = family.backends[0] if reporter == "backend" else family.node
     known = translated(flow.seen, dst=family.vip, dport=PORT)
@@ -197,7 +197,9 @@ def test_quote_with_options_or_of_a_fragment(node: Node, family: Family) -> None
     """The first fragment shows the ports; a later one can't be told."""
     flow = begin(node, family, "UDP", is_snat=False)
     long = finished(
-        frame(family, UDP(sport=CLIENT_PORT, dport=BACKEND_PORT), family.client, family.backends[0], bytes(1400))
+        frame(
+            family, UDP(sport=CLIENT_PORT, dport=BACKEND_PORT), family.client, family.backends[0], bytes(1400)
+        )
     )
     if family is V4:
         optional = long.copy()
@@ -212,12 +214,14 @@ def test_quote_with_options_or_of_a_fragment(node: Node, family: Family) -> None
         seen = [first]
     for each in seen:
         quote = raw(ip_of(each))[:300]
-        result = Driver(node, "tc_egress")(ETHER / error(family, "too big", family.node, family.client, quote))
+        result = Driver(node, "tc_egress")(
+            ETHER / error(family, "too big", family.node, family.client, quote)
+        )
         assert result.verdict == "RELATED"
         inner = raw(result.frame[ICMP if family is V4 else ICMPv6PacketTooBig].payload)
         known = family.layer(inner)
         assert known.dst == family.vip
-        assert PORT.to_bytes(2, "big") in inner[40:60] if family is V6 else PORT == known[UDP].dport
+        assert PORT.to_bytes(2, "big") in inner[40:60] if family is V6 else known[UDP].dport == PORT
         assert raw(result.frame) == raw(finished_error(result.frame))
     alone = ETHER / error(family, "too big", family.node, family.client, raw(ip_of(later))[:300])
     assert Driver(flow.node, "tc_egress")(alone)[:2] == ("UNKNOWN_L4", "pass")
@@ -253,7 +257,11 @@ def left_alone(family: Family, flow: Flow) -> dict[str, Packet]:
         "quote without ports": error(family, "too big", backend, family.node, quote[:-200][:23]),
         "nothing quoted": error(family, "too big", backend, family.node, b""),
         "ICMP in ICMP": error(
-            family, "too big", backend, family.node, raw(error(family, "too big", family.node, backend, quote))
+            family,
+            "too big",
+            backend,
+            family.node,
+            raw(error(family, "too big", family.node, backend, quote)),
         ),
     }
     return {name: ETHER / each for name, each in packets.items()}
@@ -269,7 +277,11 @@ def test_left_alone(node: Node, family: Family) -> None:
 def test_every_truncation(node: Node, family: Family) -> None:
     """However short an error is: it comes out as it went in, or is translated whole."""
     flow = begin(node, family, "TCP", is_snat=True)
-    whole = raw(ETHER / Dot1Q(vlan=7) / error(family, "too big", family.backends[0], family.node, raw(ip_of(flow.seen))))
+    whole = raw(
+        ETHER
+        / Dot1Q(vlan=7)
+        / error(family, "too big", family.backends[0], family.node, raw(ip_of(flow.seen)))
+    )
     for size in range(60, len(whole)):
         result = Driver(node, "tc_ingress")(Packet(whole[:size]))
         if result.verdict != "RELATED":
@@ -306,7 +318,11 @@ def test_made_here(node: Node, family: Family, proto: str, kind: str, has_addres
     way(node, made.backends[0], family, mtu=MTU)
     if has_address:
         source(node, family)
-    header = l4(proto, CLIENT_PORT, PORT) if proto != "SCTP" else SCTP(sport=CLIENT_PORT, dport=PORT) / SCTPChunkInit()
+    header = (
+        l4(proto, CLIENT_PORT, PORT)
+        if proto != "SCTP"
+        else SCTP(sport=CLIENT_PORT, dport=PORT) / SCTPChunkInit()
+    )
     if kind == "too big":
         header = header / (SCTPChunkData(data=bytes(1400)) if proto == "SCTP" else Raw(bytes(1400)))
     request = frame(family, header, family.client, family.vip)
@@ -315,7 +331,9 @@ def test_made_here(node: Node, family: Family, proto: str, kind: str, has_addres
     request = finished(request)
     result = Driver(node, "tc_ingress")(request)
     assert (result.verdict, result.does) == ("TOO_BIG" if kind == "too big" else "HOPS", "send")
-    assert raw(result.frame) == raw(made_here(family, kind, family.node if has_address else family.vip, request))
+    assert raw(result.frame) == raw(
+        made_here(family, kind, family.node if has_address else family.vip, request)
+    )
 
 
 def test_no_error_about_an_error(node: Node, family: Family) -> None:
@@ -328,7 +346,9 @@ def test_no_error_about_an_error(node: Node, family: Family) -> None:
 # --- echo
 
 
-def echo(family: Family, src: str, dst: str, length: int = 56, *, is_reply: bool = False, ttl: int = 50) -> Packet:
+def echo(
+    family: Family, src: str, dst: str, length: int = 56, *, is_reply: bool = False, ttl: int = 50
+) -> Packet:
     payload = bytes(n & 0xFF for n in range(length))
     if family is V4:
         kind = "echo-reply" if is_reply else "echo-request"

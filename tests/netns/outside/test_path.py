@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
-# Not run: each waits for what never comes.
-later = pytest.mark.xfail(reason="errors and fragments are not translated yet", run=False)
-
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 #: What the small hop lets through; IPv6 asks for 1280 at least (RFC 8200 5).
 SMALL_MTU = 1300
@@ -104,7 +101,6 @@ def narrow(world: World) -> Iterator[None]:
 # --- path-MTU discovery
 
 
-@later
 @pytest.mark.parametrize("direction", ["up", "down"])
 @families
 @targets
@@ -117,7 +113,6 @@ def test_tcp_transfer_finishes(
     place.run(*command, *(["--reverse"] if direction == "down" else []), timeout_s=10)
 
 
-@later
 @families
 def test_client_learns_the_size_of_the_way_behind_the_node(world: World, narrow: None, family: int) -> None:
     """The router's error is about a packet that the node made; the client gets it about its own."""
@@ -132,7 +127,6 @@ def test_client_learns_the_size_of_the_way_behind_the_node(world: World, narrow:
         assert client.recv().startswith(b"pod21 ")
 
 
-@later
 @families
 @targets
 def test_backend_learns_the_size_of_the_way_to_the_client(
@@ -156,7 +150,6 @@ def test_backend_learns_the_size_of_the_way_to_the_client(
 # --- fragments
 
 
-@later
 @families
 @targets
 @pytest.mark.parametrize("length", [1473, 4000, 60000])
@@ -173,7 +166,6 @@ def test_datagram_in_fragments(world: World, target: Target, family: int, length
 # --- echo, traceroute
 
 
-@later
 @families
 @targets
 def test_ping(world: World, target: Target, family: int) -> None:
@@ -186,7 +178,6 @@ def test_ping_of_a_vip_without_backends_is_not_answered(world: World, family: in
     assert world.cluster.place("client").run(*ping, check=False).returncode == 1
 
 
-@later
 @pytest.mark.parametrize("method", ["tcp", "udp"])
 @families
 @targets
