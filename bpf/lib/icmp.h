@@ -7,8 +7,9 @@
  * Only 8 bytes of L4 are certain to be in the quote (RFC 792): ports, and UDP's checksum. TCP's checksum is corrected
  * where it is there (RFC 5508 4.2); SCTP's can't be checked from a part of the packet, and stays.
  *
- * The outer source becomes the VIP where the backend itself reports (or the client, to a translated source); a router
- * keeps its address: traceroute shows the way behind the VIP.
+ * The outer source becomes the VIP where the backend itself reports. A router's address stays where the kernel's routing
+ * goes on; where the flow's source is translated, the error gets this node's address, as the packet it is about had:
+ * its way leads back, often through the very router, which takes nothing that claims to come from itself.
  */
 #ifndef EBPFPROXY_ICMP_H
 #define EBPFPROXY_ICMP_H
@@ -168,24 +169,15 @@ static __always_inline __u64 exchange_check(struct __sk_buff *skb, __u32 at, __u
 	return sum_exchange(0, old, new);
 }
 
-/* Writes a pair of addresses; a NULL stays as it is. */
 static __always_inline long write_addrs(struct __sk_buff *skb, bool is_v4, __u32 l3,
 					struct addr *src, struct addr *dst)
 {
 	__u32 at = l3 + (is_v4 ? offsetof(struct iphdr, saddr) : offsetof(struct ipv6hdr, saddr));
-	long err = 0;
+	__be32 pair[2] = {src->w[3], dst->w[3]};
 
-	if (is_v4) {
-		if (src)
-			err = bpf_skb_store_bytes(skb, at, &src->w[3], sizeof(__be32),
-						  BPF_F_RECOMPUTE_CSUM);
-		return err
-			       ?: bpf_skb_store_bytes(skb, at + sizeof(__be32), &dst->w[3],
-						      sizeof(__be32), BPF_F_RECOMPUTE_CSUM);
-	}
-	if (src)
-		err = bpf_skb_store_bytes(skb, at, src, sizeof(*src), BPF_F_RECOMPUTE_CSUM);
-	return err
+	if (is_v4)
+		return bpf_skb_store_bytes(skb, at, pair, sizeof(pair), BPF_F_RECOMPUTE_CSUM);
+	return bpf_skb_store_bytes(skb, at, src, sizeof(*src), BPF_F_RECOMPUTE_CSUM)
 		       ?: bpf_skb_store_bytes(skb, at + sizeof(*src), dst, sizeof(*dst),
 					      BPF_F_RECOMPUTE_CSUM);
 }
@@ -199,16 +191,21 @@ static __always_inline bool rewrite_error(struct __sk_buff *skb, const struct sc
 	const struct flow_key *key = &packet->flow;
 	__u32 quoted_l3 = packet->l4 + ICMP_SIZE, quoted_l4 = packet->l4 + quote->l4;
 	bool is_v4 = packet->version == IP4_VERSION;
-	bool is_end = addr_equal(&quote->reporter, &key->src);
 	struct ports ports = {flow->dport, flow->sport};
-	__u64 dst, addrs, l4, icmp;
+	struct addr shown = quote->reporter;
+	__u64 outer, addrs, l4, icmp;
 	long err = 0;
 
 	if (addr_is_v4(&flow->dst) != is_v4)
 		return false;
 	/* A sum does not know the order: the quote has the same addresses and ports, turned around. */
-	dst = sum_exchange_addr(0, &key->dst, &flow->dst);
-	addrs = sum_exchange_addr(dst, &key->src, &flow->src);
+	outer = sum_exchange_addr(0, &key->dst, &flow->dst);
+	addrs = sum_exchange_addr(outer, &key->src, &flow->src);
+	if (addr_equal(&shown, &key->src) || (flow->flags & FLOW_SNAT && key->dir == FLOW_FORWARD))
+		shown = flow->src;
+	else if (flow->flags & FLOW_SNAT)
+		shown = key->dst;
+	outer = sum_exchange_addr(outer, &quote->reporter, &shown);
 	l4 = sum_exchange(sum_exchange(0, key->sport, flow->sport), key->dport, flow->dport);
 	icmp = addrs + l4;
 	if (key->proto == IPPROTO_UDP)
@@ -219,19 +216,17 @@ static __always_inline bool rewrite_error(struct __sk_buff *skb, const struct sc
 	if (is_v4) {
 		icmp += exchange_check(skb, quoted_l3 + offsetof(struct iphdr, check), addrs, false,
 				       &err);
-		exchange_check(skb, packet->l3 + offsetof(struct iphdr, check),
-			       is_end ? addrs : dst, false, &err);
+		exchange_check(skb, packet->l3 + offsetof(struct iphdr, check), outer, false, &err);
 	} else {
 		/* The pseudo header (RFC 4443 2.3). */
-		icmp += is_end ? addrs : dst;
+		icmp += outer;
 	}
 	exchange_check(skb, packet->l4 + offsetof(struct icmp_header, checksum), icmp, false, &err);
 	return !(err
 			 ?: bpf_skb_store_bytes(skb, quoted_l4, &ports, sizeof(ports),
 						BPF_F_RECOMPUTE_CSUM)
 			 ?: write_addrs(skb, is_v4, quoted_l3, &flow->dst, &flow->src)
-			 ?: write_addrs(skb, is_v4, packet->l3, is_end ? &flow->src : NULL,
-					&flow->dst));
+			 ?: write_addrs(skb, is_v4, packet->l3, &shown, &flow->dst));
 }
 
 /* Turns an echo request around. */

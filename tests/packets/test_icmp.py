@@ -136,7 +136,7 @@ def test_behind_a_translated_source(node: Node, family: Family, proto: str, repo
     known = translated(flow.seen, src=family.client, sport=CLIENT_PORT, dst=family.vip, dport=PORT)
     for quote, wanted in quotes(flow.seen, known, proto):
         sent = ETHER / error(family, kind, src, family.node, quote)
-        shown = family.vip if reporter == "backend" else src
+        shown = family.vip if reporter == "backend" else family.node
         expected = SENT / error(family, kind, shown, family.client, wanted, 59)
         result = Driver(node, "tc_ingress")(sent)
         assert (result.verdict, result.does) == ("RELATED", "send")
@@ -173,7 +173,7 @@ def test_about_a_reply(
     reply = finished(frame(family, l4(proto, BACKEND_PORT, flow.port, is_reply=True), backend, client))
     seen = Ether(translated(reply, src=family.vip, sport=PORT, dst=family.client, dport=CLIENT_PORT))
     src = family.client if reporter == "client" else ROUTER[family.version]
-    shown = client if reporter == "client" else src
+    shown = client if reporter == "client" or is_snat else src
     for quote, wanted in quotes(seen, raw(reply), proto):
         sent = ETHER / error(family, kind, src, family.vip, quote)
         expected = (SENT if is_snat else ETHER) / error(family, kind, shown, backend, wanted, 60 - is_snat)

@@ -158,11 +158,24 @@ def test_kinds_of_addresses() -> None:
     )
     kernel.sync(state(web, serving="192.0.2.1 127.0.0.1", local="192.0.2.9 192.0.2.7"))
     assert kernel.kinds() == {
-        "10.96.0.1": lib.VIP_CLUSTER_IP,
-        "192.0.2.1": lib.VIP_LOAD_BALANCER | lib.VIP_NODE | lib.VIP_LOCAL,
-        "192.0.2.9": lib.VIP_LOAD_BALANCER | lib.VIP_LOCAL,
+        "10.96.0.1": lib.VIP_CLUSTER_IP | lib.VIP_PINGABLE,
+        "192.0.2.1": lib.VIP_LOAD_BALANCER | lib.VIP_PINGABLE | lib.VIP_NODE | lib.VIP_LOCAL,
+        "192.0.2.9": lib.VIP_LOAD_BALANCER | lib.VIP_PINGABLE | lib.VIP_LOCAL,
         "127.0.0.1": lib.VIP_NODE | lib.VIP_LOCAL,
     }
+
+
+def test_an_address_is_pingable_while_a_frontend_of_it_has_backends() -> None:
+    kernel = Kernel()
+    dns, web = ([cluster_ip("10.96.0.1", port)] for port in (53, 80))
+    for has_dns, has_web in [(False, False), (True, False), (True, True), (False, True), (False, False)]:
+        services = [
+            service("dns", [A] if has_dns else [], dns),
+            service("web", [B] if has_web else [], web),
+        ]
+        kernel.sync(state(*services))
+        ping = lib.VIP_PINGABLE if has_dns or has_web else 0
+        assert kernel.kinds() == {"10.96.0.1": lib.VIP_CLUSTER_IP | ping}
 
 
 def test_an_address_that_serves_no_more_keeps_its_flows_until_they_are_over() -> None:

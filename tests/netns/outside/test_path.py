@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -132,18 +132,16 @@ def test_client_learns_the_size_of_the_way_behind_the_node(world: World, narrow:
 def test_backend_learns_the_size_of_the_way_to_the_client(
     world: World, narrow: None, target: Target, family: int
 ) -> None:
-    """Its first answer is too large and lost, later ones come in fragments."""
+    """Its first answer is too large and lost, later ones come in fragments. The client learns as well."""
     vip = target.vips[family]
     with world.probe("client").socket(socket.SOCK_DGRAM, FAMILIES[family]) as client:
         client.connect(vip, 80)
         client.settimeout(0.5)
         answers = []
-        for _ in range(4):
-            client.send(PAYLOAD)
-            try:
+        for _ in range(6):
+            with suppress(OSError):  # nothing comes, or "message too long" about the packet before
+                client.send(PAYLOAD)
                 answers.append(client.recv())
-            except TimeoutError:
-                continue
         assert {answer.split(b" ", 2)[2] for answer in answers} == {PAYLOAD}
 
 
@@ -182,11 +180,11 @@ def test_ping_of_a_vip_without_backends_is_not_answered(world: World, family: in
 @families
 @targets
 def test_traceroute(world: World, target: Target, family: int, method: str) -> None:
-    """Every hop answers, those behind the node too, and the VIP is the last."""
-    first, second = world.cluster.nodes
+    """Every hop answers; those behind a translated source show the node, and the VIP is the last."""
+    first = world.cluster.nodes[0]
     hops = [ROUTER_IPS[family], first.ips[family]]
     if target is ELSEWHERE:
-        hops += [first.router_ips[family], second.ips[family]]
+        hops += [first.ips[family]] * 2
     flags = {"tcp": ["-T", "-p", "80"], "udp": ["-U", "-p", "80"]}[method]
     command = ["traceroute", "-n", "-q", "1", "-w", "1", "-m", "7", *flags, target.vips[family]]
     lines = world.cluster.place("client").run(*command).stdout.splitlines()[1:]
