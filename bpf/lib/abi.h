@@ -381,6 +381,7 @@ struct scratch {
 	__u32 sctp_change;		/* old ports XOR new ones, still to be added to the checksum */
 	struct addr outer_src;		/* of a packet that came encapsulated */
 	struct addr outer_dst;
+	__u32 pad;
 	struct flow flow;
 	struct flow_key twin_key;
 	struct flow twin;
