@@ -65,7 +65,13 @@ class TcpAcceptor:
     def _accept(self) -> None:
         for _ in range(_BATCH):
             try:
-                client, address = self.sock.accept()
+                # The backend's socket first: else clients with the last descriptors wait for one more each.
+                backend = socket.socket(self.sock.family, socket.SOCK_STREAM)
+                try:
+                    client, address = self.sock.accept()
+                except BaseException:
+                    backend.close()
+                    raise
             except BlockingIOError:
                 return
             except OSError as error:
@@ -74,7 +80,7 @@ class TcpAcceptor:
                     return
                 continue  # the client has gone already
             client.setblocking(False)
-            task = self._hub.loop.create_task(self._serve(self._key, client, address[:2]))
+            task = self._hub.loop.create_task(self._serve(self._key, client, backend, address[:2]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -88,12 +94,14 @@ class TcpAcceptor:
         if self._key:
             self._hub.loop.add_reader(self.sock, self._accept)
 
-    async def _serve(self, key: str, client: socket.socket, address: tuple[str, int]) -> None:
+    async def _serve(
+        self, key: str, client: socket.socket, first: socket.socket, address: tuple[str, int]
+    ) -> None:
         tally = self._hub.tally
         tally.connections += 1
         tally.connecting += 1
         try:
-            found = await self._connect(key, address)
+            found = await self._connect(key, first, address)
         finally:
             tally.connecting -= 1
         if found is None:
@@ -109,14 +117,18 @@ class TcpAcceptor:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._hub.join(client, backend, self._hub.opened(key, address[0], target), target)
 
-    async def _connect(self, key: str, client: tuple[str, int]) -> tuple[socket.socket, Target] | None:
+    async def _connect(
+        self, key: str, first: socket.socket, client: tuple[str, int]
+    ) -> tuple[socket.socket, Target] | None:
         """Return a socket that is connected to a backend, and which one; None: nobody answers."""
+        sock: socket.socket | None = first
         waiting = collections.deque(self._hub.order(key, client))
         silences = shortages = 0
         while waiting and silences < len(ANSWER_S):
             target = waiting.popleft()
+            ready, sock = sock, None
             try:
-                return await self._dial(target, ANSWER_S[silences]), target
+                return await self._dial(target, ANSWER_S[silences], ready), target
             except TimeoutError:
                 silences += 1
                 waiting.append(target)  # it may just be slow: the others first
@@ -128,10 +140,18 @@ class TcpAcceptor:
                     await asyncio.sleep(_PAUSE_S)
                     continue
             self._hub.tally.retries += bool(waiting)
+        if sock is not None:
+            sock.close()
         return None
 
-    async def _dial(self, target: Target, timeout_s: float) -> socket.socket:
-        sock = socket.socket(socket.AF_INET6 if ":" in target.address else socket.AF_INET, socket.SOCK_STREAM)
+    async def _dial(self, target: Target, timeout_s: float, ready: socket.socket | None) -> socket.socket:
+        sock = (
+            ready
+            if ready is not None
+            else socket.socket(
+                socket.AF_INET6 if ":" in target.address else socket.AF_INET, socket.SOCK_STREAM
+            )
+        )
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
