@@ -46,13 +46,31 @@ static __always_inline bool needs_snat(const struct service *service, const stru
 	return service->flags & SERVICE_SNAT && !is_own && !(backend->flags & BACKEND_LOCAL);
 }
 
+/* An answer to a question, and nothing after it: netfilter keeps it so long (nf_conntrack_udp_timeout). */
+#define UDP_OVER_NS (30 * NSEC_PER_SEC)
+
+/* Whether a flow that is among the new ones gives its port away where none is free. */
+static __always_inline bool is_spent(const struct scratch *room, const struct flow *flow)
+{
+	return is_closed(flow->state) ||
+	       (room->packet.flow.proto == IPPROTO_UDP &&
+		(__s64)(room->flow.last_seen_ns - flow->last_seen_ns) >= (__s64)UDP_OVER_NS);
+}
+
+static __always_inline bool is_new_spent(const struct scratch *room)
+{
+	struct flow *flow = map_lookup(new_flows, &room->twin_key);
+
+	return flow && is_spent(room, flow);
+}
+
 /* Frees the port of a flow that is over, whose reply entry room->twin_key names. */
 static __always_inline bool free_port(struct scratch *room)
 {
 	bool is_new;
 	struct flow *flow = find_flow(&room->twin_key, &is_new);
 
-	if (!flow || !is_closed(flow->state))
+	if (!flow || !(is_new ? is_spent(room, flow) : is_closed(flow->state)))
 		return false;
 	make_twin_key(&room->twin_key, flow, &room->spare_key);
 	delete_flow(&room->spare_key);
@@ -83,9 +101,7 @@ static __always_inline bool take_port(struct scratch *room)
 			room->flow.sport = port;
 			return true;
 		}
-		if (!other)
-			other = map_lookup(new_flows, &room->twin_key);
-		if (other && is_closed(other->state))
+		if (other ? is_closed(other->state) : is_new_spent(room))
 			closed = port;
 	}
 	room->twin_key.dport = closed;

@@ -6,7 +6,7 @@ leave by their next hop with one hop less. Oracles: scapy for every checksum, RF
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from scapy.layers.inet import TCP, UDP
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.root
 PORT, BACKEND_PORT, CLIENT_PORT = 80, 8080, 40000
 L4 = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 #: What each side says in turn: client, backend, client, backend.
-SAID = {
+SAID: dict[str, tuple[Any, ...]] = {
     "TCP": ({"flags": "S"}, {"flags": "SA"}, {"flags": "A"}, {"flags": "PA"}),
     "UDP": ({}, {}, {}, {}),
     "SCTP": (SCTPChunkInit(init_tag=1), SCTPChunkInitAck(init_tag=2), SCTPChunkData(data=b"1234"), None),
@@ -143,7 +143,7 @@ def test_when_ports_run_out(driver: Driver, family: Family) -> None:
 
 
 def is_forward(key: bytes) -> bool:
-    return int(ffi.from_buffer("struct flow_key *", key).dir) == lib.FLOW_FORWARD
+    return bool(ffi.from_buffer("struct flow_key *", key).dir == lib.FLOW_FORWARD)
 
 
 def test_the_port_of_a_closed_flow_is_used_again(driver: Driver, family: Family) -> None:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Above the kernel's ephemeral ports (net.ipv4.ip_local_port_range, 32768 to 60999): no two choose the same.
-SNAT_PORTS = (61000, 65535)
+#: Below NodePorts and the kernel's own ephemeral ports (net.ipv4.ip_local_port_range, 32768 to 60999), where
+#: netfilter's MASQUERADE starts, too. What listens there is no matter: a flow is known by both its ends.
+SNAT_PORTS = (1024, 29999)
 #: All devices are checked so often even when no change was announced.
 RECHECK_S = 30.0
 

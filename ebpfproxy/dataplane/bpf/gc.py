@@ -65,11 +65,14 @@ class Timeouts:
     sctp_established_s: float = 210
     sctp_closed_s: float = 10
 
-    def of(self, proto: int, state: int) -> float:
-        """Return the timeout of a conntrack entry."""
+    def of(self, proto: int, state: int, *, is_new: bool = False) -> float:
+        """Return the timeout of an entry of map conntrack, or of map new_flows.
+
+        A question and an answer make no stream yet (nf_conntrack_proto_udp.c).
+        """
         is_closed = state & lib.FLOW_RESET or state & _FIN_BOTH == _FIN_BOTH
         if proto == IPPROTO_UDP:
-            return self.udp_stream_s if state & lib.FLOW_REPLIED else self.udp_s
+            return self.udp_stream_s if state & lib.FLOW_REPLIED and not is_new else self.udp_s
         if proto == IPPROTO_SCTP:
             return self.sctp_closed_s if is_closed else self.sctp_established_s
         if state & lib.FLOW_RESET:
@@ -186,7 +189,7 @@ class Collector:
         """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
         for name, visit in (
             ("conntrack", self._visit_flow),
-            ("new_flows", self._visit_flow),
+            ("new_flows", self._visit_new_flow),
             ("sockets", self._visit_socket),
             ("affinity", self._visit_affinity),
         ):
@@ -197,12 +200,18 @@ class Collector:
                         _delete_unchanged(self._maps[name], key, value)
                 yield
 
-    def _visit_flow(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
+    def _visit_new_flow(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
+        """Return whether an entry of map new_flows is over."""
+        return self._visit_flow(current, key, value, now_ns, is_new=True)
+
+    def _visit_flow(
+        self, current: _Pass, key: bytes, value: bytes, now_ns: int, *, is_new: bool = False
+    ) -> bool:
         """Return whether a conntrack entry is over; one to a dead UDP backend is no reason to keep its id."""
         flow_key, flow = FlowKey(*FLOW_KEY.unpack(key)), Flow(*FLOW.unpack(value))
         if flow_key.proto == IPPROTO_UDP and flow.backend in current.dead:
             return True
-        if now_ns - flow.last_seen_ns > self._timeouts.of(flow_key.proto, flow.state) * _NS:
+        if now_ns - flow.last_seen_ns > self._timeouts.of(flow_key.proto, flow.state, is_new=is_new) * _NS:
             return True
         current.gone.discard(flow.backend)
         if flow_key.dir == lib.FLOW_FORWARD:
