@@ -20,6 +20,7 @@ from scapy.packet import Packet, Raw, raw
 
 from ebpfproxy.libbpf import ffi, lib
 from packets.node import SECOND_NS, V4, V6, Backend, Family, Node, finished, frame, to_bytes, translated
+from packets.test_dsr import Driver, arriving, backend_node, way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,6 +199,52 @@ def test_full_map_forgets_the_oldest(node: Node) -> None:
     first, later = cut(request, 65535)
     assert node.ingress(first).verdict == "ESTABLISHED"
     assert node.ingress(later).verdict == "ESTABLISHED"
+
+
+def test_to_another_node(node: Node, family: Family) -> None:
+    """With the source translated, both ways."""
+    made = node.service(
+        family.vip,
+        PORT,
+        family.backends[:1],
+        proto="UDP",
+        kind=lib.VIP_LOAD_BALANCER,
+        flags=lib.SERVICE_SNAT,
+    )
+    node.vip(family.node, lib.VIP_LOCAL | lib.VIP_SNAT)
+    way(node, made.backends[0], family)
+    program = Driver(node, "tc_ingress")
+    ask = l4("UDP", CLIENT_PORT, PORT)
+    request = finished(frame(family, ask, family.client, family.vip, bytes(4000)))
+    results = [program(each) for each in cut(request)]
+    assert {each.does for each in results} == {"send"}
+    assert [each.verdict for each in results] == ["NEW"] + ["ESTABLISHED"] * (len(results) - 1)
+    parts = [each.frame for each in results]
+    port = parts[0][UDP].sport
+    for each in parts:
+        if IP in each:
+            each[IP].ttl += 1
+        else:
+            each[IPv6].hlim += 1
+    fields = {"src": family.node, "sport": port, "dst": family.backends[0], "dport": BACKEND_PORT}
+    assert joined(parts) == expected(request, **fields)
+    answer = l4("UDP", BACKEND_PORT, port)
+    reply = finished(frame(family, answer, family.backends[0], family.node, bytes(4000)))
+    results = [program(each) for each in cut(reply)]
+    assert {each.verdict for each in results} == {"REPLY"}
+    wanted = {(family.vip, family.client)}
+    assert {(each.frame[family.layer].src, each.frame[family.layer].dst) for each in results} == wanted
+
+
+def test_direct_server_return(node: Node, family: Family) -> None:
+    """Each fragment comes in a packet of its own."""
+    backend_node(node, family, "UDP")
+    ask = l4("UDP", CLIENT_PORT, PORT)
+    request = finished(frame(family, ask, family.client, family.vip, bytes(4000)))
+    results = [Driver(node, "tc_ingress")(arriving(family, each[family.layer])) for each in cut(request)]
+    assert [each.verdict for each in results] == ["NEW"] + ["ESTABLISHED"] * (len(results) - 1)
+    parts = [each.frame for each in results]
+    assert joined(parts) == expected(request, dst=family.backends[0], dport=BACKEND_PORT)
 
 
 @pytest.mark.parametrize("backend_port", [PORT, BACKEND_PORT])

@@ -26,7 +26,17 @@ from scapy.packet import Packet, Raw, raw
 
 from ebpfproxy.libbpf import ffi, lib
 from packets.node import V4, V6, Backend, Family, Node, finished, frame, struct_of, to_bytes, translated
-from packets.test_dsr import HERE_MAC, THERE_MAC, Driver, Result, way
+from packets.test_dsr import (
+    HERE_MAC,
+    THERE_MAC,
+    Driver,
+    Result,
+    arriving,
+    backend_node,
+    entry_node,
+    request_to,
+    way,
+)
 
 pytestmark = pytest.mark.root
 
@@ -286,6 +296,49 @@ def test_every_truncation(node: Node, family: Family) -> None:
         result = Driver(node, "tc_ingress")(Packet(whole[:size]))
         if result.verdict != "RELATED":
             assert raw(result.frame) == whole[:size]
+
+
+# --- direct server return
+
+
+def test_about_a_reply_that_went_past_this_node(node: Node, family: Family) -> None:
+    """It goes to the backend's node as the packets do; the node there tells the backend."""
+    request = request_to(family, "UDP")
+    entry_node(node, family, "UDP")
+    assert Driver(node, "tc_ingress")(request).verdict == "NEW"
+    reply = frame(family, l4("UDP", PORT, CLIENT_PORT), family.vip, family.client)
+    quote = raw(ip_of(finished(reply)))
+    for src in (family.client, ROUTER[family.version]):
+        result = Driver(node, "tc_ingress")(ETHER / error(family, "too big", src, family.vip, quote))
+        assert (result.verdict, result.does) == ("RELATED", "send")
+        outer = ip_of(result.frame)
+        assert (outer.src, outer.dst) == (family.node, family.backends[0])
+        assert raw(outer.payload) == raw(error(family, "too big", src, family.vip, quote, 59))
+
+
+def test_about_a_reply_from_the_node_that_was_asked(node: Node, family: Family) -> None:
+    backend_node(node, family, "UDP")
+    assert (
+        Driver(node, "tc_ingress")(arriving(family, request_to(family, "UDP")[family.layer])).verdict == "NEW"
+    )
+    sent = finished(frame(family, l4("UDP", BACKEND_PORT, CLIENT_PORT), family.backends[0], family.client))
+    seen = Ether(translated(sent, src=family.vip, sport=PORT))
+    about = error(family, "too big", ROUTER[family.version], family.vip, raw(ip_of(seen)))
+    result = Driver(node, "tc_ingress")(arriving(family, family.layer(raw(about))))
+    assert (result.verdict, result.does) == ("RELATED", "pass")
+    expected = error(family, "too big", ROUTER[family.version], family.backends[0], raw(ip_of(sent)))
+    assert raw(ip_of(result.frame)) == raw(expected)
+
+
+def test_of_another_backend_or_unknown_stays_in_its_tunnel(node: Node, family: Family) -> None:
+    backend_node(node, family, "UDP")
+    seen = finished(frame(family, l4("UDP", PORT, CLIENT_PORT), family.vip, family.client))
+    about = family.layer(raw(error(family, "too big", family.client, family.vip, raw(ip_of(seen)))))
+    packet = arriving(family, about)
+    assert Driver(node, "tc_ingress")(packet) == Result("NOT_OURS", "pass", packet)
+    Driver(node, "tc_ingress")(arriving(family, request_to(family, "UDP")[family.layer]))
+    packet = arriving(family, about, dst=family.backends[1])
+    assert Driver(node, "tc_ingress")(packet) == Result("NOT_OURS", "pass", packet)
 
 
 # --- errors made here
