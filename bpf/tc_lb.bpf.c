@@ -18,7 +18,7 @@
 #include "reject.h"
 #include "rewrite.h"
 #include "send.h"
-#include "tunnel.h"
+#include "tunnel_error.h"
 
 LICENSE("Dual BSD/GPL");
 
@@ -98,7 +98,8 @@ static __always_inline enum verdict find(struct __sk_buff *skb, struct origin *o
 	origin->outer = forget(room, origin->outer);
 	verdict = forget_path(room, parse_ports(skb, packet));
 	if (verdict == VERDICT_UNKNOWN_L4 && read_error(skb, room))
-		return find_related(origin, kinds, flow);
+		return is_tunnel_error(packet, kinds) ? open_tunnel_error(skb, room)
+						      : find_related(origin, kinds, flow);
 	if (verdict && origin->outer)
 		return VERDICT_NOT_OURS;
 	if (verdict == VERDICT_UNKNOWN_L4 && is_echo(skb, packet))

@@ -8,11 +8,20 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
-from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt
+from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
+from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
+    ICMPv6PacketTooBig,
+    IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    fragment6,
+    in6_chksum,
+)
 from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 from scapy.packet import Packet, Raw, raw
+from scapy.utils import checksum
 
 from ebpfproxy.libbpf import ffi, lib
 from packets.node import (
@@ -20,6 +29,7 @@ from packets.node import (
     TC_ACT_SHOT,
     TC_ACT_UNSPEC,
     V4,
+    V6,
     Backend,
     Family,
     Node,
@@ -27,6 +37,7 @@ from packets.node import (
     finished,
     frame,
     number,
+    packed,
     struct_of,
     to_bytes,
     translated,
@@ -38,6 +49,7 @@ PORT, BACKEND_PORT, CLIENT_PORT, NODE_PORT = 80, 8080, 40000, 30080
 HERE_MAC, THERE_MAC = "02:00:00:00:00:0a", "02:00:00:00:00:0b"
 #: Actions of XDP programs, linux/bpf.h.
 XDP_DROP, XDP_PASS, XDP_TX = 1, 2, 3
+MTU = 1500
 #: Bytes of the outer header.
 SIZE = {4: 20, 6: 40}
 OTHER_NODE = {4: "203.0.113.99", 6: "2001:db8:5::99"}
@@ -92,7 +104,7 @@ def driver(node: Node, request: pytest.FixtureRequest) -> Driver:
     return Driver(node, request.param)
 
 
-def way(node: Node, backend: int, family: Family, *, mtu: int = 1500, kind: int = lib.HOP_FORWARD) -> None:
+def way(node: Node, backend: int, family: Family, *, mtu: int = MTU, kind: int = lib.HOP_FORWARD) -> None:
     """Let the next hop to a backend be known, out of the device that the packet came through."""
     value = struct_of("backend_hop", source=family.node)
     hop = value.hop
@@ -222,23 +234,82 @@ class TestEntry:
         assert (result.verdict, result.does) == ("NEW", "pass")
         assert raw(result.frame) == translated(packet, dst=family.backends[0], dport=BACKEND_PORT)
 
-    @pytest.mark.parametrize(
-        ("size", "does"),
-        [(1500, "send"), (1501, "answer")],
-    )
-    def test_mtu_counts_the_outer_header(self, driver: Driver, family: Family, size: int, does: str) -> None:
+    @pytest.mark.parametrize("size", [1500, 1501])
+    def test_mtu_counts_the_outer_header(self, driver: Driver, family: Family, size: int) -> None:
         entry_node(driver.node, family)
-        headers = 2 * SIZE[family.version] + 20
-        packet = finished(frame(family, l4("TCP"), family.client, family.vip, b"x" * (size - headers)))
+        own_source(driver.node, family)
+        packet = filled(family, size - SIZE[family.version])
         result = driver(packet)
-        if does == "send":
+        if size <= MTU:
             assert (result.verdict, result.does) == ("NEW", "send")
+            assert len(result.frame[family.layer]) == size
         elif driver.is_xdp:
             assert result == Result("", "pass", packet)  # tc answers
         else:
             assert (result.verdict, result.does) == ("TOO_BIG", "send")
-            mtu = result.frame[ICMP].nexthopmtu if family is V4 else result.frame[ICMPv6PacketTooBig].mtu
-            assert mtu == 1500 - SIZE[family.version]
+            assert told(result.frame) == (family.node, family.client, MTU - SIZE[family.version])
+            assert quoted(result.frame).startswith(raw(packet[family.layer])[:500])
+
+    def test_a_smaller_link_on_the_way_is_told_to_the_client(self, node: Node, family: Family) -> None:
+        entry_node(node, family)
+        own_source(node, family)
+        driver = Driver(node, "tc_ingress")
+        packet = filled(family, MTU - SIZE[family.version])
+        sent = driver(packet).frame[family.layer]
+        error = ICMP(type=3, code=4, nexthopmtu=1400) if family is V4 else ICMPv6PacketTooBig(mtu=1400)
+        router = family.other_client
+        body = error / Raw(raw(sent)[:500])
+        came = Ether(
+            raw(Ether(src=THERE_MAC, dst=HERE_MAC) / family.layer(src=router, dst=family.node) / body)
+        )
+        result = driver(came)
+        assert (result.verdict, result.does) == ("TOO_BIG", "send")
+        assert told(result.frame) == (family.node, family.client, 1400 - SIZE[family.version])
+        assert (result.frame.src, result.frame.dst) == (HERE_MAC, THERE_MAC)
+        seen = raw(hops(packet[family.layer], -1))  # as this node sent it
+        assert quoted(result.frame) == seen[: 500 - SIZE[family.version]]
+
+    @pytest.mark.parametrize("what", ["another flow", "another backend", "unreachable"])
+    def test_an_error_about_another_tunnel_is_left_alone(self, node: Node, family: Family, what: str) -> None:
+        entry_node(node, family)
+        own_source(node, family)
+        driver = Driver(node, "tc_ingress")
+        sent = driver(request_to(family)).frame[family.layer]
+        error = ICMP(type=3, code=4, nexthopmtu=1400) if family is V4 else ICMPv6PacketTooBig(mtu=1400)
+        if what == "unreachable":
+            error = ICMP(type=3, code=2) if family is V4 else ICMPv6DestUnreach(code=1)
+        elif what == "another backend":
+            sent.dst = family.backends[1]
+        else:
+            node.forget_flows()
+        came = Ether(
+            raw(Ether() / family.layer(src=family.other_client, dst=family.node) / error / Raw(raw(sent)))
+        )
+        result = driver(came)
+        assert (result.verdict, result.does) == ("UNKNOWN_L4", "pass")
+        assert raw(result.frame) == raw(came)
+
+    def test_an_error_about_a_reply_goes_to_the_backends_node(self, node: Node, family: Family) -> None:
+        entry_node(node, family)
+        driver = Driver(node, "tc_ingress")
+        driver(request_to(family))
+        packet = error_about_reply(family)
+        result = driver(packet)
+        assert (result.verdict, result.does) == ("RELATED", "send")
+        label = result.frame.fl if family is V6 else 0
+        expected = encapsulated(family, hops(packet[family.layer], -1), label=label)
+        assert raw(result.frame[family.layer]) == raw(expected)
+
+    def test_fragments_go_together(self, node: Node, family: Family) -> None:
+        entry_node(node, family, "UDP")
+        driver = Driver(node, "tc_ingress")
+        parts = fragments_of(family)
+        for part in parts:
+            result = driver(part)
+            assert result.does == "send"
+            label = result.frame.fl if family is V6 else 0
+            expected = encapsulated(family, hops(part[family.layer], -1), label=label)
+            assert raw(result.frame[family.layer]) == raw(expected)
 
     def test_a_backend_that_calls_itself_needs_its_source_translated(
         self, node: Node, family: Family
@@ -321,6 +392,93 @@ class TestBackendsNode:
         backend_node(driver.node, family, flags=lib.SERVICE_SOURCE_RANGES)
         result = driver(arriving(family, request_to(family)[family.layer]))
         assert (result.verdict, result.does) == ("DROP_SOURCE", "drop")
+
+    def test_an_error_about_a_reply_reaches_the_backend(self, node: Node, family: Family) -> None:
+        backend_node(node, family)
+        driver = Driver(node, "tc_ingress")
+        driver(arriving(family, request_to(family)[family.layer]))
+        result = driver(arriving(family, error_about_reply(family)[family.layer]))
+        assert (result.verdict, result.does) == ("RELATED", "pass")
+        expected = error_about_reply(family, seen_by_backend=True)
+        expected.src, expected.dst = THERE_MAC, HERE_MAC
+        assert raw(result.frame) == raw(expected)
+
+    def test_fragments_go_to_one_backend(self, node: Node, family: Family) -> None:
+        backend_node(node, family, "UDP")
+        driver = Driver(node, "tc_ingress")
+        whole = b""
+        for part in fragments_of(family):
+            result = driver(arriving(family, part[family.layer]))
+            assert result.does == "pass"
+            assert result.frame[family.layer].dst == family.backends[0]
+            header = 20 if family is V4 else 48
+            whole += raw(result.frame[family.layer])[header:]
+        # Put together it is a datagram with a right checksum.
+        layer = (
+            IP(src=family.client, dst=family.backends[0], proto=17)
+            if family is V4
+            else IPv6(src=family.client, dst=family.backends[0], nh=17)
+        )
+        datagram = layer.__class__(raw(layer / Raw(whole)))
+        assert datagram[UDP].dport == BACKEND_PORT
+        assert raw(datagram[UDP]) == raw(finished(Ether() / datagram)[UDP])
+
+
+def own_source(node: Node, family: Family) -> None:
+    """Give the node an address for its own packets."""
+    node.vip(family.node, lib.VIP_SNAT | lib.VIP_LOCAL)
+    key = struct_of("node_source_key", device=0, family=family.version)
+    node.map("node_sources").update(to_bytes(key), packed(family.node))
+
+
+def filled(family: Family, size: int) -> Packet:
+    """Return a request whose IP packet has ``size`` bytes."""
+    payload = b"x" * (size - SIZE[family.version] - 20)
+    return finished(frame(family, l4("TCP"), family.client, family.vip, payload))
+
+
+def told(error: Packet) -> tuple[str, str, int]:
+    """Return source, destination and MTU of a packet-too-big that is right."""
+    assert has_right_sums(error)
+    if IP in error:
+        assert (error[ICMP].type, error[ICMP].code) == (3, 4)
+        return error[IP].src, error[IP].dst, error[ICMP].nexthopmtu
+    return error[IPv6].src, error[IPv6].dst, error[ICMPv6PacketTooBig].mtu
+
+
+def quoted(error: Packet) -> bytes:
+    """Return what an ICMP error quotes."""
+    whole: bytes = raw(error[IP if IP in error else IPv6])
+    return whole[(20 if IP in error else 40) + 8 :]
+
+
+def has_right_sums(error: Packet) -> bool:
+    """Say whether an ICMP error's checksums are right, by scapy."""
+    if IP in error:
+        header = raw(error[IP])
+        return not checksum(header[:20]) and not checksum(header[20 : error[IP].len])
+    return not in6_chksum(58, error[IPv6], raw(error[IPv6])[40:])
+
+
+def error_about_reply(family: Family, *, seen_by_backend: bool = False) -> Packet:
+    """Return the error of a router near the client about a reply, as it comes, or as the backend sees it."""
+    source, port = (family.backends[0], BACKEND_PORT) if seen_by_backend else (family.vip, PORT)
+    reply = TCP(sport=port, dport=CLIENT_PORT, flags="A", seq=1)
+    quote = raw(finished(frame(family, reply, source, family.client, b"x" * 100))[family.layer])
+    error = ICMP(type=3, code=4, nexthopmtu=1300) if family is V4 else ICMPv6PacketTooBig(mtu=1300)
+    return Ether(raw(Ether() / family.layer(src=family.other_client, dst=source) / error / Raw(quote)))
+
+
+def fragments_of(family: Family) -> list[Packet]:
+    """Return the fragments of a datagram."""
+    payload = bytes(range(256)) * 8
+    whole = finished(frame(family, l4("UDP"), family.client, family.vip, payload))[family.layer]
+    if family is V4:
+        parts = fragment(whole, 1000)
+    else:
+        body = IPv6(src=whole.src, dst=whole.dst) / IPv6ExtHdrFragment(id=7) / whole[UDP]
+        parts = fragment6(body, 1048)
+    return [Ether(raw(Ether(dst=HERE_MAC, src=THERE_MAC) / each)) for each in parts]
 
 
 def no_backend_here(node: Node, family: Family) -> None:
