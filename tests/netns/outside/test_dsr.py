@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rig.agent import Agent
+    from rig.objects import Object
     from rig.process import Place
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -64,6 +65,24 @@ assert answer[64:] == bytes(range(250)) * (len(data) // 250)
 """
 
 
+def sink(stack: ExitStack, cluster: Cluster) -> list[Object]:
+    """Start the server of the hashes in pod21; return the objects of its Service."""
+    place = cluster.pods["pod21"].place
+    stack.enter_context(place.start(sys.executable, "-c", SERVER, str(SINK_PORT)))
+    wait_listening(place, SINK_PORT)
+    port: Object = {"name": "bulk", "port": SINK_PORT}
+    return [
+        service(
+            *("sink", port),
+            ips=("10.96.0.2", "fd00:96::2"),
+            annotations=FORWARDING,
+            type="LoadBalancer",
+            ingress=SINK,
+        ),
+        *(endpoint_slice("sink", [endpoint(ip, node="node-2")], port) for ip in cluster.pods["pod21"].ips),
+    ]
+
+
 @pytest.fixture(scope="module", params=MODES, ids=str)
 def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]:
     """Two nodes with two pods each; devices leave their work to the next one: packets come in batches."""
@@ -72,14 +91,10 @@ def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]
         offloads = request.param.name != "native"
         cluster = stack.enter_context(Cluster(node_count=2, mtus={"client": MTU}, offloads=offloads))
         stack.enter_context(name_servers([(name, pod.place) for name, pod in cluster.pods.items()], 8080))
-        place = cluster.pods["pod21"].place
-        stack.enter_context(place.start(sys.executable, "-c", SERVER, str(SINK_PORT)))
-        wait_listening(place, SINK_PORT)
         pods = [
             [endpoint(pod.ips[family], node=cluster.node_of(pod).node_name) for pod in cluster.pods.values()]
             for family in (0, 1)
         ]
-        sinks = [endpoint(ip, node="node-2") for ip in cluster.pods["pod21"].ips]
         objects = [
             service(
                 *("web", {"name": "http", "port": 80, "targetPort": 8080}),
@@ -89,14 +104,7 @@ def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]
                 ingress=WEB,
             ),
             *(endpoint_slice("web", each, TARGETS[0]) for each in pods),
-            service(
-                *("sink", {"name": "bulk", "port": SINK_PORT}),
-                ips=("10.96.0.2", "fd00:96::2"),
-                annotations=FORWARDING,
-                type="LoadBalancer",
-                ingress=SINK,
-            ),
-            *(endpoint_slice("sink", [each], {"name": "bulk", "port": SINK_PORT}) for each in sinks),
+            *sink(stack, cluster),
         ]
         agents = start_agents(stack, cluster, objects, request.param)
         yield World(cluster, agents, stack)
@@ -134,3 +142,30 @@ def test_connections_say_which_way_they_go(world: World, family: int) -> None:
 
         eventually(lambda: kinds(world.agents[0]) == {"dsr"}, "the flow on the node that was asked")
         eventually(lambda: kinds(world.agents[1]) == {"dsr-in"}, "the flow on the backend's node")
+
+
+@pytest.fixture(scope="module", params=MODES, ids=str)
+def small_world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]:
+    """Two nodes with links of the same size: no room for another header."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(node_count=2, pods_per_node=1))
+        agents = start_agents(stack, cluster, sink(stack, cluster), request.param)
+        yield World(cluster, agents, stack)
+
+
+@families
+@pytest.mark.parametrize("mtu", [1500, MTU])
+def test_both_ends_learn_the_size_of_the_way(small_world: World, family: int, mtu: int) -> None:
+    """The way in is told by node-1 or, through it, the router; the way back by the router, through both nodes."""
+    cluster = small_world.cluster
+    destinations = [("198.51.100.0/24", "2001:db8:c::/64")[family], cluster.nodes[1].pod_cidrs[family]]
+    for name in ("client", "pod21"):
+        cluster.place(name).run("ip", f"-{'46'[family]}", "route", "flush", "cache")
+    cluster.narrow(destinations, mtu)
+    try:
+        place = cluster.place("client")
+        place.run(sys.executable, "-c", CLIENT, SINK[family], str(SINK_PORT), str(SIZE_BYTES // 8))
+        route = place.run("ip", "route", "get", SINK[family]).stdout
+        assert f"mtu {mtu - (20, 40)[family]}" in route
+    finally:
+        cluster.narrow(destinations, 1500)
