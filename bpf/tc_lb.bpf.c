@@ -208,6 +208,17 @@ static __always_inline int tc_exit(struct __sk_buff *skb, struct scratch *room,
 	return room->action;
 }
 
+/* The action that sends an answer out of the device that it came through. Without a MAC header in sight it gets one,
+ * of the kernel's making: the device may have them (tunnel.h).
+ */
+static __always_inline int send_back(struct __sk_buff *skb, struct packet *packet)
+{
+	if (packet->l3)
+		return bpf_redirect(skb->ifindex, 0);
+	return add_ethernet(skb, packet) ? TC_ACT_SHOT
+					 : bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
+}
+
 SEC("tc")
 int tc_ingress(struct __sk_buff *skb)
 {
@@ -227,7 +238,7 @@ int tc_ingress(struct __sk_buff *skb)
 		verdict = answer(skb, room, verdict, &is_answer);
 	}
 	if (is_answer)
-		room->action = bpf_redirect(skb->ifindex, 0);
+		room->action = send_back(skb, &room->packet);
 	return tc_exit(skb, room, verdict);
 }
 
