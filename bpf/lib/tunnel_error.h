@@ -41,7 +41,7 @@ static __always_inline __u32 told_mtu(struct __sk_buff *skb, const struct packet
 static __always_inline enum verdict open_tunnel_error(struct __sk_buff *skb, struct scratch *room)
 {
 	struct packet *packet = &room->packet;
-	__u32 size = tunnel_size(packet->version), l3 = packet->l3, cut;
+	__u32 size = tunnel_size(packet->version), l3 = packet->l3;
 	__u32 mtu = told_mtu(skb, packet);
 	enum verdict verdict;
 	struct flow *flow;
@@ -63,11 +63,8 @@ static __always_inline enum verdict open_tunnel_error(struct __sk_buff *skb, str
 	flow = find_flow(&packet->flow, &is_new);
 	if (!flow || !(flow->flags & FLOW_DSR) || !addr_equal(&flow->dst, &room->outer_dst))
 		return VERDICT_UNKNOWN_L4;
-	cut = packet->l3 - l3;
-	if (bpf_skb_adjust_room(skb, -(__s32)cut, BPF_ADJ_ROOM_MAC, 0))
+	if (!unwrap(skb, packet, packet->l3 - l3))
 		return VERDICT_REWRITE_FAILED;
-	packet->l3 = l3;
-	packet->l4 -= cut;
 	packet->l4_size = skb->len - packet->l4;
 	return VERDICT_TOO_BIG;
 }

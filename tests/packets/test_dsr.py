@@ -250,10 +250,10 @@ class TestEntry:
             assert told(result.frame) == (family.node, family.client, MTU - SIZE[family.version])
             assert quoted(result.frame).startswith(raw(packet[family.layer])[:500])
 
-    def test_a_smaller_link_on_the_way_is_told_to_the_client(self, node: Node, family: Family) -> None:
+    def test_a_smaller_link_on_the_way_is_told_to_the_client(self, driver: Driver, family: Family) -> None:
+        node = driver.node
         entry_node(node, family)
         own_source(node, family)
-        driver = Driver(node, "tc_ingress")
         packet = filled(family, MTU - SIZE[family.version])
         sent = driver(packet).frame[family.layer]
         error = ICMP(type=3, code=4, nexthopmtu=1400) if family is V4 else ICMPv6PacketTooBig(mtu=1400)
@@ -262,7 +262,7 @@ class TestEntry:
         came = Ether(
             raw(Ether(src=THERE_MAC, dst=HERE_MAC) / family.layer(src=router, dst=family.node) / body)
         )
-        result = driver(came)
+        result = Driver(node, "tc_ingress")(came)
         assert (result.verdict, result.does) == ("TOO_BIG", "send")
         assert told(result.frame) == (family.node, family.client, 1400 - SIZE[family.version])
         assert (result.frame.src, result.frame.dst) == (HERE_MAC, THERE_MAC)
