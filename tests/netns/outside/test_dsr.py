@@ -156,7 +156,7 @@ def small_world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[
 @families
 @pytest.mark.parametrize("mtu", [1500, MTU])
 def test_both_ends_learn_the_size_of_the_way(small_world: World, family: int, mtu: int) -> None:
-    """The way in is told by node-1 or, through it, the router; the way back by the router, through both nodes."""
+    """The way in is told by node-1, or by the router and it; the way back by the router and both nodes."""
     cluster = small_world.cluster
     destinations = [("198.51.100.0/24", "2001:db8:c::/64")[family], cluster.nodes[1].pod_cidrs[family]]
     for name in ("client", "pod21"):
