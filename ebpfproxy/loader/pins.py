@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from ebpfproxy.libbpf import MapDefinition
 
 
+#: What the programs remember from one packet to the next in these is not missed: another layout is a new map.
+DISPOSABLE = frozenset({"scratch", "rejects", "backend_hops"})
+
+
 class Staged:
     """The maps that new programs will use. Aborts at the end of a ``with`` block unless committed.
 
@@ -168,6 +172,9 @@ def _stage_object(each: Object, wanted: Mapping[str, MapDefinition], staged: Sta
             if name not in staged.maps and (staged.pins / name).exists():
                 old = Map.open(staged.pins / name)
                 stack.callback(old.close)
+                if name in DISPOSABLE and not is_alike(old, wanted[name]):
+                    missing.append(name)
+                    continue
                 check_layout(old, wanted[name], staged.pins / name)
                 if old.max_entries == wanted[name].max_entries:
                     staged.add(name, Map.open(staged.pins / name), fresh=False)
@@ -188,6 +195,11 @@ def _stage_object(each: Object, wanted: Mapping[str, MapDefinition], staged: Sta
                 copy(olds[name], new)
 
 
+def is_alike(have: Map, need: MapDefinition) -> bool:
+    """Return whether a pinned map has the layout that is needed, whatever its size."""
+    return have.definition._replace(name="", max_entries=0) == need._replace(name="", max_entries=0)
+
+
 def check_layout(have: Map, need: MapDefinition, path: Path) -> None:
     """Raise LayoutError unless a pinned map differs in its size at most."""
 
@@ -197,7 +209,7 @@ def check_layout(have: Map, need: MapDefinition, path: Path) -> None:
             f"flags {each.flags:#x}"
         )
 
-    if have.definition._replace(name="", max_entries=0) != need._replace(name="", max_entries=0):
+    if not is_alike(have, need):
         raise LayoutError(
             f"pinned map {path} has {text(have.definition)}; this version needs {text(need)}. Run the "
             "version that made it, or remove it with `ebpfproxy cleanup`: connections through Services break"

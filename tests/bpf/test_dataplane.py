@@ -21,7 +21,7 @@ from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
 from ebpfproxy.dataplane.bpf.layouts import U32
 from ebpfproxy.errors import DataplaneError, KernelError, MapFullError
-from ebpfproxy.libbpf import Link, Map
+from ebpfproxy.libbpf import Link, Map, Map
 from ebpfproxy.libbpf.probes import has_tcx
 from ebpfproxy.model.services import (
     Backend,
@@ -157,6 +157,19 @@ class TestLife:
         assert {"sock_connect4", "sock_release"} <= after.keys()
         assert ("tc_ingress@v0" in after) == use_tcx
         assert {"tc_ingress@v0", "tc_egress@v0"} <= on_devices(options).keys()
+
+    def test_another_layout_of_what_is_only_scratch_is_no_obstacle(self, options: BpfOptions) -> None:
+        with running(options) as dataplane:
+            dataplane.sync(state(WEB))
+            maps_before = contents(options)
+        pin = options.bpffs / "ebpfproxy/maps/scratch"
+        with Map.open(pin) as old:
+            other = old.definition._replace(value_size=old.definition.value_size + 8)
+        pin.unlink()
+        with Map.create(other) as made:
+            made.pin(pin)
+        with running(options):
+            assert contents(options) == maps_before
 
     def test_another_cgroup_takes_the_links_along(self, options: BpfOptions, cgroup: Path) -> None:
         child = cgroup / "child"
