@@ -21,7 +21,7 @@ from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
 from ebpfproxy.dataplane.bpf.layouts import U32
 from ebpfproxy.errors import DataplaneError, KernelError, MapFullError
-from ebpfproxy.libbpf import Link, Map, Map
+from ebpfproxy.libbpf import Link, Map
 from ebpfproxy.libbpf.probes import has_tcx
 from ebpfproxy.model.services import (
     Backend,
