@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import forward, maglev, state, userspace
+from benchmarks import collector, forward, maglev, state, userspace
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
@@ -245,8 +245,8 @@ def main() -> int:
     parser.add_argument(
         "only",
         nargs="*",
-        help="scale, connections, starts, reading, kubernetes, maglev, userspace, forward (default: these), "
-        "cluster",
+        help="scale, connections, starts, reading, kubernetes, maglev, gc, userspace, forward (default: "
+        "these), cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--services", type=int, default=10_000)
@@ -275,6 +275,7 @@ def main() -> int:
         "reading",
         "kubernetes",
         "maglev",
+        "gc",
         "userspace",
         "forward",
     ]
@@ -282,6 +283,8 @@ def main() -> int:
     if "maglev" in wanted:
         figures["maglev"] = maglev.measure()
     try:
+        if "gc" in wanted:
+            figures["gc"] = collector.measure()
         with Topology(pod_count=1) as net:
             first = [f"10.245.0.{number}" for number in range(1, options.backends + 1)]
             net.pods[0].netns.shell("".join(f"ip addr add {each}/32 dev lo\n" for each in first))

@@ -207,7 +207,7 @@ def _unix_time(text: str) -> float:
 
 
 class ServiceCount(NamedTuple):
-    """Connections of one Service port in one family."""
+    """What is counted of one Service port in one family."""
 
     namespace: str
     service: str
@@ -216,12 +216,19 @@ class ServiceCount(NamedTuple):
     family: int  # 4 | 6
     connections: int
     refused: int
+    retried: int = 0
+    ejected: int = 0
+    packets: int = 0
+    octets: int = 0
+    reply_packets: int = 0
+    reply_octets: int = 0
 
 
 class Reading(msgspec.Struct, frozen=True):
     """What a dataplane counts in the kernel."""
 
     verdicts: dict[str, int] = {}
+    verdict_bytes: dict[str, int] = {}
     maps: dict[str, tuple[int, int]] = {}  # name -> entries, limit
     services: list[ServiceCount] = []
 
@@ -282,6 +289,16 @@ def _services(count: Callable[[ServiceCount], int]) -> Callable[[Scrape], Values
     return lambda s: {
         (each.namespace, each.service, each.port, each.protocol, f"IPv{each.family}"): count(each)
         for each in s.reading.services
+    }
+
+
+def _traffic(
+    forward: Callable[[ServiceCount], int], reply: Callable[[ServiceCount], int]
+) -> Callable[[Scrape], Values]:
+    return lambda s: {
+        (each.namespace, each.service, each.port, each.protocol, f"IPv{each.family}", direction): count(each)
+        for each in s.reading.services
+        for direction, count in (("forward", forward), ("reply", reply))
     }
 
 
@@ -440,6 +457,13 @@ METRICS = (
         lambda s: {(name,): count for name, count in s.reading.verdicts.items()},
     ),
     Metric(
+        "ebpfproxy_verdict_bytes_total",
+        "counter",
+        "Bytes of the frames that were decided on, by reason; 0 of verdicts on system calls.",
+        ("verdict",),
+        lambda s: {(name,): count for name, count in s.reading.verdict_bytes.items()},
+    ),
+    Metric(
         "ebpfproxy_map_entries",
         "gauge",
         "Entries of a BPF map that are in use.",
@@ -466,6 +490,34 @@ METRICS = (
         "New connections rejected or dropped.",
         _SERVICE,
         _services(lambda each: each.refused),
+    ),
+    Metric(
+        "ebpfproxy_service_retried_total",
+        "counter",
+        "Openings that no backend answered and that went to another one.",
+        _SERVICE,
+        _services(lambda each: each.retried),
+    ),
+    Metric(
+        "ebpfproxy_service_backends_ejected",
+        "gauge",
+        "Backends that are passed over now because they failed.",
+        _SERVICE,
+        _services(lambda each: each.ejected),
+    ),
+    Metric(
+        "ebpfproxy_service_packets_total",
+        "counter",
+        "Packets translated, to backends (forward) and from them (reply); none of local sockets.",
+        (*_SERVICE, "direction"),
+        _traffic(lambda each: each.packets, lambda each: each.reply_packets),
+    ),
+    Metric(
+        "ebpfproxy_service_bytes_total",
+        "counter",
+        "Bytes of these, as whole IP packets.",
+        (*_SERVICE, "direction"),
+        _traffic(lambda each: each.octets, lambda each: each.reply_octets),
     ),
 )
 

@@ -76,6 +76,13 @@ class FakeMap:
         for start in range(0, len(every), size):
             yield every[start : start + size]
 
+    def blocks(self, size: int) -> Iterator[tuple[memoryview, memoryview]]:
+        for chunk in self.chunks(size):
+            yield (
+                memoryview(b"".join(key for key, _ in chunk)),
+                memoryview(b"".join(value for _, value in chunk)),
+            )
+
     def update_batch(self, items: Mapping[bytes, bytes]) -> None:
         self.entries.update(items)
         assert len(self.entries) <= self.max_entries, f"the kernel would refuse: map {self.name} is full"

@@ -1,4 +1,4 @@
-"""The commands that list rows of the pinned maps: services, backends, connections, affinity, maps."""
+"""The commands that list rows of the pinned maps: services, backends, connections, affinity, stats, maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ebpfproxy.cli import pins
 from ebpfproxy.cli.exit_codes import ExitCode, NothingError
 from ebpfproxy.cli.output import Column, endpoint, seconds, show, size
+from ebpfproxy.dataplane.bpf import stats as counted
 from ebpfproxy.dataplane.bpf import view
+from ebpfproxy.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
@@ -43,6 +45,7 @@ def backends(arguments: argparse.Namespace) -> ExitCode:
         Column("BACKEND", lambda row: endpoint(row.address, row.port)),
         Column("STATE", lambda row: row.state),
         Column("USED", lambda row: "yes" if row.is_usable else "no"),
+        Column("EJECTED", lambda row: seconds(row.ejected_s) if row.ejected_s else ""),
         Column("WEIGHT", lambda row: row.weight),
         Column("LOCAL", lambda row: "yes" if row.is_local else "no", is_wide=True),
         Column("HINT", lambda row: "elsewhere" if row.is_hinted_elsewhere else "", is_wide=True),
@@ -60,12 +63,73 @@ def connections(arguments: argparse.Namespace) -> ExitCode:
         Column("KIND", lambda row: row.kind),
         Column("PROTOCOL", lambda row: row.protocol),
         Column("CLIENT", lambda row: row.client),
+        Column("SOURCE", lambda row: row.source),
         Column("VIP", lambda row: row.vip),
         Column("BACKEND", lambda row: row.backend),
         Column("STATE", lambda row: row.state),
         Column("IDLE", lambda row: seconds(row.idle_s)),
     ]
-    return _list(arguments, view.connections, columns, "no connections are open")
+    wanted = {
+        name: getattr(arguments, name)
+        for name in ("client", "vip", "backend", "state", "kind")
+        if getattr(arguments, name)
+    }
+
+    def read(maps: view.Maps, chosen: view.Chosen | None) -> list[view.ConnectionRow]:
+        rows = view.connections(maps, chosen)
+        return [row for row in rows if all(_is(getattr(row, name), text) for name, text in wanted.items())]
+
+    empty = "nothing matches" if wanted else "no connections are open"
+    return _list(arguments, read, columns, empty)
+
+
+def _is(found: str, wanted: str) -> bool:
+    """Return whether a value is the wanted one; an address is wanted with any port."""
+    return wanted in (found, found.rpartition(":")[0].strip("[]"))
+
+
+def stats(arguments: argparse.Namespace) -> ExitCode:
+    """List what was counted of Services, backends or verdicts."""
+    if arguments.of == "verdicts":
+        columns: list[Column[view.VerdictRow]] = [
+            Column("VERDICT", lambda row: row.verdict),
+            Column("PACKETS", lambda row: row.count),
+            Column("BYTES", lambda row: row.bytes),
+        ]
+        if arguments.service or arguments.namespace or arguments.protocol:
+            raise ConfigError("stats --verdicts: verdicts are counted for the node, not for a Service")
+        with pins.open_maps(arguments.bpffs) as opened:
+            show(view.verdicts(opened), columns, arguments.output, empty="there are no verdicts")
+        return ExitCode.OK
+    if arguments.of == "backends":
+        of_backends: list[Column[counted.BackendStatsRow]] = [
+            Column("SERVICE", lambda row: row.service),
+            Column("PROTOCOL", lambda row: row.protocol),
+            Column("BACKEND", lambda row: endpoint(row.address, row.port)),
+            Column("OPEN", lambda row: row.open, is_wide=True),
+            Column("CONNECTIONS", lambda row: row.connections),
+            *_TRAFFIC,
+        ]
+        return _list(arguments, counted.backends, of_backends, "no Service has backends")
+    of_services: list[Column[counted.ServiceStatsRow]] = [
+        Column("SERVICE", lambda row: row.service),
+        Column("PROTOCOL", lambda row: row.protocol),
+        Column("FAMILY", lambda row: f"IPv{row.family}"),
+        Column("CONNECTIONS", lambda row: row.connections),
+        Column("REFUSED", lambda row: row.refused),
+        Column("RETRIED", lambda row: row.retried),
+        Column("EJECTED", lambda row: row.ejected, is_wide=True),
+        *_TRAFFIC,
+    ]
+    return _list(arguments, counted.services, of_services, "no Services are programmed")
+
+
+_TRAFFIC: list[Column[Any]] = [
+    Column("PACKETS", lambda row: row.packets),
+    Column("BYTES", lambda row: row.bytes),
+    Column("REPLY-PACKETS", lambda row: row.reply_packets),
+    Column("REPLY-BYTES", lambda row: row.reply_bytes),
+]
 
 
 def affinity(arguments: argparse.Namespace) -> ExitCode:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 _DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}
 
+# Of `connections`.
+_STATES = ("new", "established", "closing", "closed", "connected", "unconnected")
+_KINDS = ("forwarded", "dsr", "dsr-in", "socket")
+
 STATE_DIR = Path("/var/lib/ebpfproxy")
 
 _EPILOG = """\
@@ -71,6 +75,20 @@ def vip_port(text: str) -> VipPort:
     if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r}: port {port!r} is none of 1 to 65535")
     return VipPort(ip_address(host.strip("[]")), int(port), protocol)
+
+
+def end(text: str) -> str:
+    """Return ADDRESS or ADDRESS:PORT (IPv6 then in brackets) in canonical form.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    if text.count(":") != 1 and not text.startswith("["):
+        return ip_address(text)
+    if text.endswith("]"):
+        return ip_address(text[1:-1])
+    made = vip_port(text)
+    return f"[{made.vip}]:{made.port}" if ":" in made.vip else f"{made.vip}:{made.port}"
 
 
 def ip_address(text: str) -> str:
@@ -405,10 +423,39 @@ def _nouns(commands: _Commands) -> None:
     affinity = commands.add(
         "affinity", _lazily("nouns", "affinity"), "which client is bound to which backend"
     )
-    for noun in (services, backends, connections, affinity):
+    stats = commands.add(
+        "stats",
+        _lazily("nouns", "stats"),
+        "connections, packets and bytes of Services, backends and verdicts",
+        "Show what was counted since a Service was made: connections, and packets and bytes of IP packets in "
+        "both directions. Local sockets are connected to their backend once and count as connections only: "
+        "nothing looks at their packets.",
+    )
+    for noun in (services, backends, connections, affinity, stats):
         _filters(noun, protocol=noun is not affinity)
         _output(noun)
         _bpffs(noun)
+
+    for name, what in (
+        ("client", "of this client: ADDRESS or ADDRESS:PORT"),
+        ("vip", "to this VIP: ADDRESS or ADDRESS:PORT"),
+        ("backend", "to this backend: ADDRESS or ADDRESS:PORT"),
+    ):
+        connections.add_argument(f"--{name}", type=end, metavar="ADDRESS[:PORT]", help=f"only {what}")
+    connections.add_argument("--state", choices=_STATES, help="only in this state")
+    connections.add_argument("--kind", choices=_KINDS, help="only of this kind")
+
+    of = stats.add_mutually_exclusive_group()
+    of.add_argument(
+        *("--backends",), dest="of", action="store_const", const="backends", help="of each backend"
+    )
+    of.add_argument(
+        *("--verdicts",),
+        dest="of",
+        action="store_const",
+        const="verdicts",
+        help="what the programs decided on this node, in packets (or calls) and bytes",
+    )
 
     explain = commands.add(
         "explain",

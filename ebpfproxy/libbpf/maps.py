@@ -171,17 +171,23 @@ class Map(Descriptor):
 
     def chunks(self, size: int | None = None) -> Iterator[list[tuple[bytes, bytes]]]:
         """Yield all entries in lists of about ``size``; in between, anyone may write and delete."""
+        for keys, values in self.blocks(size):
+            yield list(zip(split(keys, self.key_size), split(values, self._item_size), strict=True))
+
+    def blocks(self, size: int | None = None) -> Iterator[tuple[memoryview, memoryview]]:
+        """Yield the memory of about ``size`` keys and that of their values, each valid until the next."""
         begun = False
         try:
             for _, keys, values in self._batches(size):
                 begun = True
-                yield list(zip(split(keys, self.key_size), split(values, self._item_size), strict=True))
+                yield keys, values
         except KernelError as error:
             # EINTR: keys vanished faster than the kernel could follow (LPM tries).
             if begun or error.errno not in NO_BATCH | {errno.EINTR}:
                 raise
             pairs = ((key, self.get(key)) for key in self._keys())
-            yield [(key, value) for key, value in pairs if value is not None]
+            found = {key: value for key, value in pairs if value is not None}
+            yield memoryview(b"".join(found)), memoryview(b"".join(found.values()))
 
     def count(self) -> int:
         """Return the number of entries; of an array max_entries."""

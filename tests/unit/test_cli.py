@@ -42,6 +42,7 @@ COMMANDS = [
     "backends",
     "connections",
     "affinity",
+    "stats",
     "explain",
     "maps",
     "status",
@@ -54,6 +55,7 @@ NOUNS = [
     "backends",
     "connections",
     "affinity",
+    "stats",
     "explain",
     "maps",
     "status",
@@ -396,7 +398,7 @@ def test_completion_is_a_script_that_knows_every_command(shell: str) -> None:
 
 
 def test_nothing_programmed_is_a_sentence_and_exit_status_3(tmp_path: Path) -> None:
-    for noun in ("services", "backends", "connections", "affinity", "maps"):
+    for noun in ("services", "backends", "connections", "affinity", "stats", "maps"):
         result = ebpfproxy(noun, "--bpffs", tmp_path)
         assert result.returncode == ExitCode.NOTHING, noun
         assert result.stdout == ""
@@ -574,6 +576,7 @@ ROWS_OF = {
     "services": {"default/web:http", "10.96.0.10:80", "*:30080", "[fd00:10:96::20]:80"},
     "backends": {"default/shop:metrics", "10.244.0.12:8081", "[fd00:244::11]:8080"},
     "connections": {"default/web:http", "192.0.2.1:30080", "10.244.0.11:8080"},
+    "stats": {"default/web:http", "IPv4"},
     "maps": {"conntrack", "262144"},
     "status": {"running", "eth0", "libbpf"},
 }
@@ -610,6 +613,19 @@ def test_filters(agent: Agent) -> None:
     connections = {row["service"] for row in agent.rows("connections", "default/web")}
     assert connections == {"default/web:http"}
     assert agent.rows("connections", "shop") == []
+    for wanted, count in (
+        (("--vip", "192.0.2.1"), 3),
+        (("--vip", "192.0.2.1:30080", "--backend", "10.244.0.11"), 3),
+        (("--vip", "192.0.2.1:30081"), 0),
+        (("--backend", "10.244.0.11:8080", "--kind", "forwarded", "--protocol", "tcp"), 3),
+        (("--kind", "socket"), 0),
+        (("--state", "new"), 0),
+        (("--client", "192.0.2.1"), 0),
+    ):
+        assert len(agent.rows("connections", *wanted)) == count, wanted
+    first, *others = (row["client"] for row in agent.rows("connections"))
+    assert [row["client"] for row in agent.rows("connections", "--client", first)] == [first]
+    assert len(agent.rows("connections", "--client", first.rpartition(":")[0])) == 1 + len(others)
     unknown = agent.cli("backends", "nothing", "--bpffs", agent.net.bpffs, check=False)
     assert unknown.returncode == ExitCode.NOTHING
     assert unknown.stderr.startswith("ebpfproxy: no Service nothing is programmed")

@@ -12,6 +12,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND_STATS,
     FLOW,
     FLOW_KEY,
+    SERVICE_STATS,
     SOCKET_FLOW,
     SOCKET_KEY,
     pack_address,
@@ -48,6 +49,7 @@ class Rig:
         age_s: float = 0,
         backend: int = 1,
         port: int = 1000,
+        counts: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> None:
         stamp = int((NOW_S - age_s) * 10**9)
         for key, value in (
@@ -64,15 +66,16 @@ class Rig:
                     1,
                     backend,
                     stamp,
-                    0,
-                    0,
+                    counts[1],
+                    counts[0],
                     NO_HOP,
                 ),
             ),
             (
                 FLOW_KEY.pack(BACKEND, CLIENT, pack_port(8080), pack_port(port), proto, lib.FLOW_REPLY),
                 FLOW.pack(
-                    VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 0, 1, backend, stamp, 0, 0, NO_HOP
+                    *(VIP, CLIENT, pack_port(80), pack_port(port), state, 0, 0, 1, backend, stamp),
+                    *(counts[3], counts[2], NO_HOP),
                 ),
             ),
         ):
@@ -247,3 +250,18 @@ def test_a_counter_that_two_passes_find_wrong_is_mended() -> None:
     assert (rig.open(1), rig.open(2)) == (3, 0)
     rig.collect()
     assert (rig.open(1), rig.open(2)) == (3, 0)
+
+
+def test_what_an_expired_flow_had_counted_is_kept() -> None:
+    rig = Rig()
+    rig.add_flow(UDP, 0, age_s=31, backend=3, port=1, counts=(2, 100, 1, 900))
+    rig.add_flow(UDP, 0, age_s=31, backend=3, port=2, counts=(5, 300, 0, 0))
+    rig.add_flow(UDP, 0, age_s=29, backend=3, port=3, counts=(7, 700, 7, 700))  # lives: counts for itself
+    rig.collect()
+    rig.collect()
+    memory = bytes(rig.maps["backend_stats"].memory)
+    of_backend = BACKEND_STATS.read(memory[3 * BACKEND_STATS.size : 4 * BACKEND_STATS.size])
+    memory = bytes(rig.maps["service_stats"].memory)
+    of_service = SERVICE_STATS.read(memory[SERVICE_STATS.size : 2 * SERVICE_STATS.size])
+    for found in (of_backend, of_service):
+        assert (found.packets, found.octets, found.reply_packets, found.reply_octets) == (7, 400, 1, 900)

@@ -239,13 +239,22 @@ def test_no_local_endpoints(
 def test_what_the_dataplane_counts() -> None:
     reading = Reading(
         verdicts={"new": 7},
+        verdict_bytes={"new": 420},
         maps={"conntrack": (3, 10)},
-        services=[ServiceCount("default", 'w"eb', "", "TCP", 6, 5, 2)],
+        services=[ServiceCount("default", 'w"eb', "", "TCP", 6, 5, 2, 3, 1, 10, 600, 9, 5000)],
     )
     found = samples(Scrape(reading=reading))
     labels = ("IPv6", "default", "", "TCP", 'w"eb')  # as the text has them: by the label's name
     assert found["ebpfproxy_service_connections_total", labels] == 5
     assert found["ebpfproxy_service_refused_total", labels] == 2
+    assert found["ebpfproxy_service_retried_total", labels] == 3
+    assert found["ebpfproxy_service_backends_ejected", labels] == 1
+    ways = {way: (way, *labels) for way in ("forward", "reply")}  # "direction" is the first by name
+    assert found["ebpfproxy_service_packets_total", ways["forward"]] == 10
+    assert found["ebpfproxy_service_bytes_total", ways["forward"]] == 600
+    assert found["ebpfproxy_service_packets_total", ways["reply"]] == 9
+    assert found["ebpfproxy_service_bytes_total", ways["reply"]] == 5000
     assert found["ebpfproxy_verdicts_total", ("new",)] == 7
+    assert found["ebpfproxy_verdict_bytes_total", ("new",)] == 420
     assert found["ebpfproxy_map_entries", ("conntrack",)] == 3
     assert found["ebpfproxy_map_limit", ("conntrack",)] == 10

@@ -25,8 +25,6 @@ from ebpfproxy.dataplane.bpf.layouts import (
     SERVICE_STATS,
     SOCKET_FLOW,
     SOCKET_KEY,
-    Flow,
-    FlowKey,
 )
 from ebpfproxy.libbpf import Map, lib
 from ebpfproxy.sockdiag import Peer
@@ -43,6 +41,11 @@ CHUNK = 4096
 BUDGET_S = 0.02
 
 _NS = 1_000_000_000
+# What is looked at in the entries of flows: there may be a million.
+_KEYS = FLOW_KEY.columns("dst", "proto", "dir")
+_VALUES = FLOW.columns("state", "backend", "last_seen_ns")
+_FORWARD = lib.FLOW_FORWARD
+_RESET = lib.FLOW_RESET
 _FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
 
 
@@ -108,17 +111,28 @@ class _Pass:
 
 def is_closed(state: int) -> bool:
     """Return whether a flow in this state counts no more as open."""
-    return bool(state & lib.FLOW_RESET) or state & _FIN_BOTH == _FIN_BOTH
+    return bool(state & _RESET) or state & _FIN_BOTH == _FIN_BOTH
 
 
-def _delete_unchanged(target: Map, key: bytes, value: bytes) -> None:
-    """Remove an entry if it still is what was judged.
+def _delete_unchanged(target: Map, key: bytes, value: bytes) -> bool:
+    """Remove an entry if it still is what was judged, and return whether that was so.
 
     A new flow may have taken its place since: the process may have slept in between, and clients use ports
     again. The kernel has no compare-and-delete, so the look comes right before it.
     """
-    if target.get(key) == value:
-        target.delete(key)
+    return target.get(key) == value and target.delete(key)
+
+
+class _Limits(dict[tuple[int, int], int]):
+    """Timeouts of the entries of one map in nanoseconds by protocol and state, filled when asked for."""
+
+    def __init__(self, timeouts: Timeouts, *, is_new: bool) -> None:
+        super().__init__()
+        self._timeouts, self._is_new = timeouts, is_new
+
+    def __missing__(self, key: tuple[int, int]) -> int:
+        self[key] = limit = int(self._timeouts.of(*key, is_new=self._is_new) * _NS)
+        return limit
 
 
 class Collector:
@@ -138,6 +152,10 @@ class Collector:
     ) -> None:
         self._maps = maps
         self._timeouts = timeouts
+        self._limits = {
+            "conntrack": _Limits(timeouts, is_new=False),
+            "new_flows": _Limits(timeouts, is_new=True),
+        }
         self._clock_ns = clock_ns
         self._due_s = 0.0
         self._pass: _Pass | None = None
@@ -187,12 +205,11 @@ class Collector:
 
     def _walk(self, current: _Pass) -> Iterator[None]:
         """Read every entry once, delete what is over, and strike what is in use from the pass's sets."""
-        for name, visit in (
-            ("conntrack", self._visit_flow),
-            ("new_flows", self._visit_new_flow),
-            ("sockets", self._visit_socket),
-            ("affinity", self._visit_affinity),
-        ):
+        for name in ("conntrack", "new_flows"):
+            for keys, values in self._maps[name].blocks(CHUNK):
+                self._visit_flows(current, name, keys, values)
+                yield
+        for name, visit in (("sockets", self._visit_socket), ("affinity", self._visit_affinity)):
             for chunk in self._maps[name].chunks(CHUNK):
                 now_ns = self._clock_ns()
                 for key, value in chunk:
@@ -200,25 +217,51 @@ class Collector:
                         _delete_unchanged(self._maps[name], key, value)
                 yield
 
-    def _visit_new_flow(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
-        """Return whether an entry of map new_flows is over."""
-        return self._visit_flow(current, key, value, now_ns, is_new=True)
+    def _keep_counts(self, key: bytes, value: bytes) -> None:
+        """Add what a deleted flow had counted since it last did so itself.
 
-    def _visit_flow(
-        self, current: _Pass, key: bytes, value: bytes, now_ns: int, *, is_new: bool = False
-    ) -> bool:
-        """Return whether a conntrack entry is over; one to a dead UDP backend is no reason to keep its id."""
-        flow_key, flow = FlowKey(*FLOW_KEY.unpack(key)), Flow(*FLOW.unpack(value))
-        if flow_key.proto == IPPROTO_UDP and flow.backend in current.dead:
-            return True
-        if now_ns - flow.last_seen_ns > self._timeouts.of(flow_key.proto, flow.state, is_new=is_new) * _NS:
-            return True
-        current.gone.discard(flow.backend)
-        if flow_key.dir == lib.FLOW_FORWARD:
-            current.vips.discard(flow_key.dst)
-            if not is_closed(flow.state):
-                current.open[flow.backend] += 1
-        return False
+        The programs add without a lock that we could take: what one adds to the same number at the same
+        instant may be lost.
+        """
+        flow = FLOW.read(value)
+        if not flow.packets:
+            return
+        prefix = "" if FLOW_KEY.read(key).dir == lib.FLOW_FORWARD else "reply_"
+        for stats, layout, number in (
+            ("backend_stats", BACKEND_STATS, flow.backend),
+            ("service_stats", SERVICE_STATS, flow.service),
+        ):
+            memory = self._maps[stats].mmap().cast("Q")
+            start = number * layout.size // 8
+            if start < len(memory):
+                memory[start + layout.offsets[f"{prefix}packets"] // 8] += flow.packets
+                memory[start + layout.offsets[f"{prefix}octets"] // 8] += flow.octets
+
+    def _visit_flows(self, current: _Pass, name: str, keys: memoryview, values: memoryview) -> None:
+        """Judge the flows of one block; one to a dead UDP backend is no reason to keep its id."""
+        limits, dead, now_ns = self._limits[name], current.dead, self._clock_ns()
+        over: list[int] = []
+        backends: set[int] = set()
+        vips: set[bytes] = set()
+        is_open: list[int] = []
+        entries = zip(_KEYS(keys), _VALUES(values), strict=True)
+        for number, ((dst, proto, direction), (state, backend, seen_ns)) in enumerate(entries):
+            if now_ns - seen_ns > limits[proto, state] or (proto == IPPROTO_UDP and backend in dead):
+                over.append(number)
+                continue
+            backends.add(backend)
+            if direction == _FORWARD:
+                vips.add(dst)
+                if not is_closed(state):
+                    is_open.append(backend)
+        current.gone -= backends
+        current.vips -= vips
+        current.open.update(is_open)
+        for number in over:
+            key = bytes(keys[number * FLOW_KEY.size : (number + 1) * FLOW_KEY.size])
+            value = bytes(values[number * FLOW.size : (number + 1) * FLOW.size])
+            if _delete_unchanged(self._maps[name], key, value):
+                self._keep_counts(key, value)
 
     def _visit_socket(self, current: _Pass, key: bytes, value: bytes, now_ns: int) -> bool:
         """Return whether a sockets entry is over; those of connected sockets end with their socket."""

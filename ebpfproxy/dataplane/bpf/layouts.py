@@ -16,7 +16,7 @@ from ebpfproxy.libbpf import ffi
 from ebpfproxy.model.services import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 #: The fields that ``abi.h`` declares ``__be16``; cffi resolves the typedef, so it can't say.
 BIG_ENDIAN = frozenset({"port", "sport", "dport", "vip_port", "backend_port"})
@@ -258,6 +258,7 @@ class Layout(Generic[R]):
             raise TypeError(f"struct {name} has fields {names}, its record has others")
         self._struct = struct.Struct("=" + "".join(_format(field, info.type) for field, info in fields))
         self._record = record
+        self._fields = fields
         self.size = ffi.sizeof(f"struct {name}")
         self.offsets = {field: info.offset for field, info in fields}
         if self._struct.size != self.size:
@@ -274,6 +275,18 @@ class Layout(Generic[R]):
         """Yield the records of an array."""
         record = self._record
         return (record(*fields) for fields in self._struct.iter_unpack(data))
+
+    def columns(self, *names: str) -> Callable[[bytes | memoryview], Iterator[tuple[Any, ...]]]:
+        """Return what yields only these fields of every record in an array, for loops where each counts.
+
+        Args:
+            names: in the order of the struct.
+        """
+        parts = (
+            _format(field, info.type) if field in names else f"{ffi.sizeof(info.type)}x"
+            for field, info in self._fields
+        )
+        return struct.Struct("=" + "".join(parts)).iter_unpack
 
     def write(self, record: R) -> bytes:
         """Return the bytes of ``record``."""

@@ -24,8 +24,10 @@ def read(bpffs: Path) -> Reading:
     """
     with view.open_maps(bpffs) as maps:
         services = list(_services(maps))
+        verdicts = view.verdicts(maps)
         return Reading(
-            verdicts={row.verdict: row.count for row in view.verdicts(maps)},
+            verdicts={row.verdict: row.count for row in verdicts},
+            verdict_bytes={row.verdict: row.bytes for row in verdicts},
             maps=_usage(maps),
             services=services,
         )
@@ -38,7 +40,17 @@ def _services(maps: view.Maps) -> Iterator[ServiceCount]:
         namespace, _, service = name.partition("/")
         stats = SERVICE_STATS.read(memory[number * size : (number + 1) * size])
         protocol = PROTOCOL_NAME[proto].value if proto in PROTOCOL_NAME else str(proto)
-        yield ServiceCount(namespace, service, port, protocol, family, stats.connections, stats.refused)
+        yield ServiceCount(
+            *(namespace, service, port, protocol, family),
+            connections=stats.connections,
+            refused=stats.refused,
+            retried=stats.retried,
+            ejected=max(0, stats.ejected),
+            packets=stats.packets,
+            octets=stats.octets,
+            reply_packets=stats.reply_packets,
+            reply_octets=stats.reply_octets,
+        )
 
 
 def _usage(maps: view.Maps) -> dict[str, tuple[int, int]]:

@@ -19,6 +19,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     AFFINITY,
     AFFINITY_KEY,
     BACKEND,
+    BACKEND_HEALTH,
     BACKEND_STATS,
     FLOW,
     FLOW_KEY,
@@ -105,6 +106,7 @@ class BackendRow(msgspec.Struct, frozen=True):
     is_local: bool
     is_hinted_elsewhere: bool
     is_usable: bool  # new connections may go there
+    ejected_s: float  # passed over for so long, for it failed; 0 = it is not
     open: int
     connections: int  # ever
     id: int
@@ -116,6 +118,7 @@ class ConnectionRow(msgspec.Struct, frozen=True):
     kind: str  # forwarded | dsr (encapsulated to another node) | dsr-in (came so from one) | socket
     protocol: str
     client: str  # ADDRESS:PORT, or the socket's cookie
+    source: str  # ADDRESS:PORT of this node that the backend sees; "" = the client's own
     vip: str
     backend: str
     service: str
@@ -382,6 +385,7 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
     names, ids = _names(maps, chosen)
     usable = maps.usable(value for _, value in maps.frontends(ids))
     stats = maps["backend_stats"].mmap()
+    ejected_s = _ejected_s(maps)
     rows = []
     found = sorted(maps.backends(ids).items(), key=lambda item: (item[1].address, item[1].port))
     for number, backend in found:
@@ -396,13 +400,21 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
                 weight=backend.weight,
                 is_local=bool(backend.flags & lib.BACKEND_LOCAL),
                 is_hinted_elsewhere=bool(backend.flags & lib.BACKEND_HINT_ELSEWHERE),
-                is_usable=number in usable,
+                is_usable=number in usable and number not in ejected_s,
+                ejected_s=ejected_s.get(number, 0.0),
                 open=max(0, is_open),
                 connections=connections,
                 id=number,
             )
         )
     return sorted(rows, key=lambda row: (row.service, row.protocol))
+
+
+def _ejected_s(maps: Maps) -> dict[int, float]:
+    """Return the backends that are passed over for failing, and for how many seconds more."""
+    now_ns = time.monotonic_ns()
+    untils = maps["backend_health"].mmap().cast("Q")[:: BACKEND_HEALTH.size // 8].tolist()
+    return {number: round((until - now_ns) / _NS, 1) for number, until in enumerate(untils) if until > now_ns}
 
 
 def connections(maps: Maps, chosen: Chosen | None = None) -> list[ConnectionRow]:
@@ -422,6 +434,7 @@ def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Conne
                 kind=_flow_kind(flow.flags),
                 protocol=_protocol(key.proto),
                 client=endpoint(key.src, key.sport),
+                source=endpoint(flow.src, flow.sport) if flow.flags & lib.FLOW_SNAT else "",
                 vip=endpoint(key.dst, key.dport),
                 backend=endpoint(flow.dst, flow.dport),
                 service=names[flow.service][0] if flow.service in names else "",
@@ -452,6 +465,7 @@ def _sockets(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Con
                 kind="socket",
                 protocol=_protocol(key.proto),
                 client=f"socket {key.cookie}",
+                source="",
                 vip=endpoint(flow.vip, flow.vip_port),
                 backend=endpoint(flow.backend_addr, flow.backend_port),
                 service=names[flow.service][0] if flow.service in names else "",
@@ -632,6 +646,12 @@ def _find(
 def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | None) -> Match:
     found = maps.backends((service.id,))
     slots = Counter(maps.slots(service))
+    ejected_s = _ejected_s(maps) if service.flags & lib.SERVICE_EJECTS else {}
+    ejected = {number: ejected_s[number] for number in slots if number in ejected_s}
+    if len(ejected) == len(slots):
+        ejected = {}  # with nobody else to take, the programs take one of them
+    for number in ejected:
+        del slots[number]
     policy = Policy.LOCAL if service.flags & lib.SERVICE_LOCAL else Policy.CLUSTER
     mine = sorted(
         found.items(),
@@ -650,7 +670,12 @@ def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | Non
         if number in slots
     )
     excluded = tuple(
-        Excluded(endpoint(b.address, b.port), _why_not(b, policy, has_ready=has_ready))
+        Excluded(
+            endpoint(b.address, b.port),
+            f"ejected for {ejected[number]:.0f} s more: its connections failed"
+            if number in ejected
+            else _why_not(b, policy, has_ready=has_ready),
+        )
         for number, b in mine
         if number not in slots
     )
