@@ -151,7 +151,7 @@ static __always_inline void note_packet(struct scratch *room, struct flow *flow,
 	__u8 before = flow->state, after = before | state_bits(packet, flow);
 	struct flow *twin;
 
-	if (after == before && now - flow->last_seen_ns < TOUCH_NS)
+	if (after == before && since(flow->last_seen_ns, now) < (__s64)TOUCH_NS)
 		return;
 	flow->state = after;
 	flow->last_seen_ns = now;
@@ -218,16 +218,16 @@ static __always_inline bool is_established(const struct packet *packet, const st
 static __always_inline bool is_over(const struct packet *packet, const struct flow *flow, __u64 now)
 {
 	__u32 id = flow->backend;
-	__u64 idle_ns = now - flow->last_seen_ns;
+	__s64 idle_ns = since(flow->last_seen_ns, now);
 	struct backend *backend;
 
 	if (packet->flow.proto == IPPROTO_UDP) {
-		if (idle_ns >= config.udp_idle_ns)
+		if (idle_ns >= (__s64)config.udp_idle_ns)
 			return true;
 	} else {
 		if (!(packet->events & EVENT_OPEN))
 			return false;
-		if (flow->state & (FLOW_FIN_BOTH | FLOW_RESET) || idle_ns >= SYN_RETRY_NS)
+		if (flow->state & (FLOW_FIN_BOTH | FLOW_RESET) || idle_ns >= (__s64)SYN_RETRY_NS)
 			return true;
 	}
 	backend = map_lookup(backends, &id);
@@ -244,7 +244,7 @@ static __always_inline bool is_unanswered(const struct packet *packet, const str
 {
 	return flow->syn_tries && packet->events & EVENT_OPEN &&
 	       !(flow->state & (FLOW_REPLIED | FLOW_RESET)) &&
-	       now - flow->last_seen_ns >= SYN_AGAIN_NS;
+	       since(flow->last_seen_ns, now) >= (__s64)SYN_AGAIN_NS;
 }
 
 /* The end of a flow that another one replaces. */

@@ -66,6 +66,11 @@
 
 #define NSEC_PER_SEC 1000000000ULL
 
+/* Nanoseconds since `then`: signed, as another CPU may have written it after this one read the clock. What is younger
+ * than now is not idle.
+ */
+#define since(then, now) ((__s64)((now) - (then)))
+
 /* An atomic `*p += n`. The old value can't be had: that takes kernel 5.12. */
 #define atomic_add(p, n) ((void)__sync_fetch_and_add((p), (n)))
 

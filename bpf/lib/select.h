@@ -205,7 +205,8 @@ static __always_inline __u32 affine_backend(const struct service *service,
 	struct backend *backend;
 	__u32 id;
 
-	if (!entry || now - entry->last_used_ns >= service->affinity_s * NSEC_PER_SEC)
+	if (!entry ||
+	    since(entry->last_used_ns, now) >= (__s64)(service->affinity_s * NSEC_PER_SEC))
 		return 0;
 	id = entry->backend;
 	backend = map_lookup(backends, &id);

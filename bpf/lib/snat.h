@@ -54,7 +54,7 @@ static __always_inline bool is_spent(const struct scratch *room, const struct fl
 {
 	return is_closed(flow->state) ||
 	       (room->packet.flow.proto == IPPROTO_UDP &&
-		(__s64)(room->flow.last_seen_ns - flow->last_seen_ns) >= (__s64)UDP_OVER_NS);
+		since(flow->last_seen_ns, room->flow.last_seen_ns) >= (__s64)UDP_OVER_NS);
 }
 
 static __always_inline bool is_new_spent(const struct scratch *room)

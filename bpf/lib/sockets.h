@@ -50,8 +50,7 @@ static __always_inline bool is_for(const struct socket_flow *flow, const struct 
 
 static __always_inline void touch_socket(struct socket_flow *flow, __u64 now)
 {
-	/* Signed: another CPU may have been here later. */
-	if ((__s64)(now - flow->last_used_ns) >= (__s64)SOCKET_TOUCH_NS)
+	if (since(flow->last_used_ns, now) >= (__s64)SOCKET_TOUCH_NS)
 		flow->last_used_ns = now;
 }
 
@@ -76,7 +75,7 @@ static __always_inline void touch_pair(__u64 cookie, struct socket_flow *reply, 
 	struct socket_key key;
 	struct socket_flow *flow;
 
-	if ((__s64)(now - reply->last_used_ns) < (__s64)SOCKET_TOUCH_NS)
+	if (since(reply->last_used_ns, now) < (__s64)SOCKET_TOUCH_NS)
 		return;
 	reply->last_used_ns = now;
 	peer_key(&key, cookie, SOCKET_TO_VIP, &reply->vip, reply->vip_port);
@@ -146,7 +145,8 @@ static __always_inline struct socket_flow *known_peer(const struct call *call, _
 	peer_key(&key, call->cookie, SOCKET_TO_VIP, &call->addr, call->port);
 	flow = map_lookup(sockets, &key);
 	if (flow) {
-		if (now - flow->last_used_ns < config.udp_idle_ns && may_stay(flow, service)) {
+		if (since(flow->last_used_ns, now) < (__s64)config.udp_idle_ns &&
+		    may_stay(flow, service)) {
 			touch_socket(flow, now);
 			return flow;
 		}
