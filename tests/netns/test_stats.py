@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from rig.agent import Agent
 from rig.objects import endpoint_slice, service
@@ -61,6 +63,16 @@ def seen(net: Topology) -> list[int]:
     return [found[chain][what] for chain in ("in", "out") for what in ("packets", "bytes")]
 
 
+def scrape(net: Topology) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the metrics by name and labels."""
+    text = net.on_node_bare.run("curl", "-sS", "--fail", "http://127.0.0.1:10249/metrics").stdout
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
 def traffic(row: dict[str, Any]) -> list[int]:
     return [row[name] for name in ("packets", "bytes", "reply_packets", "reply_bytes")]
 
@@ -92,6 +104,19 @@ def test_what_came_through_is_what_is_counted(net: Topology, agent: Agent) -> No
         ours = [verdicts[name] for name in ("new", "established")]
         assert sum(each["count"] for each in ours) == row["packets"]
         assert sum(each["bytes"] for each in ours) == row["bytes"] + 14 * row["packets"]
+
+        # Flows add to /metrics about once a second, and when they open and close: it may lag, never lead.
+        labels = {"namespace": "default", "service": "web", "port": "", "protocol": "TCP"}
+        labels |= {"ip_family": "IPv4"}
+        metrics = scrape(net)
+        assert metrics["ebpfproxy_service_connections_total", frozenset(labels.items())] == CLIENTS
+        for name, direction in itertools.product(("packets", "bytes"), ("forward", "reply")):
+            of = frozenset({**labels, "direction": direction}.items())
+            most = row[name if direction == "forward" else f"reply_{name}"]
+            assert most / 4 <= metrics[f"ebpfproxy_service_{name}_total", of] <= most
+        for verdict in ("new", "established", "reply"):
+            of = frozenset({"verdict": verdict}.items())
+            assert metrics["ebpfproxy_verdict_bytes_total", of] == verdicts[verdict]["bytes"]
 
         # A socket of the node is connected once; its packets are nobody's business.
         local.tcp(VIP, PORT, 2)

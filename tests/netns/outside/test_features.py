@@ -164,6 +164,30 @@ def test_the_nodes_own_connections_to_the_backend(world: World, family: int) -> 
         load.more(50)
 
 
+@families
+def test_connections_show_the_translated_source(world: World, family: int) -> None:
+    """The address and port that the backend's own kernel names as the other end."""
+    cluster, vip = world.cluster, vips(4)["ingress"][family]
+    node, pod = cluster.nodes[0], cluster.pods["pod21"]
+    with ExitStack() as stack:
+        for _ in range(4):  # to both backends: round robin
+            held = stack.enter_context(
+                world.probe("client").socket(
+                    socket.SOCK_STREAM, FAMILIES[family], bind=(CLIENT_IPS[family], 0)
+                )
+            )
+            held.connect(vip, 80)
+            held.ask()
+        wanted = ("--vip", vip, "--client", CLIENT_IPS[family], "--state", "established")
+        rows = world.agents[0].rows("connections", "web", *wanted)
+        lines = pod.place.run("ss", "-Htn", "state", "established", "sport = :8080").stdout.splitlines()
+    remote = {row["source"] for row in rows if pod.ips[family] in row["backend"]}
+    assert remote
+    assert remote <= {line.split()[-1] for line in lines}
+    assert all(node.ips[family] in source for source in remote)
+    assert {row["source"] for row in rows if pod.ips[family] not in row["backend"]} == {""}
+
+
 # --- SCTP, packet by packet: raw sockets at both ends, as the test kernel may have no SCTP
 
 
