@@ -50,6 +50,9 @@ def test_a_client_outside_does_not_notice(net: Topology) -> None:
     agent.write(*objects(net, {}))
     with agent, Probe(net.from_outside) as client, client.impatient(SECOND_TRY_S):
         answers = {client.answers(NODE_IPS[0], NODE_PORT, 1)[0].split()[0] for _ in range(6)}
+        (row,) = agent.rows("stats", "web")
+        assert row["connections"] == 6 + row["retried"], "each try was sent to a backend"
+        assert row["retried"] >= 1
     assert answers == {"pod2", "pod3"}
 
 
