@@ -118,11 +118,13 @@ static __always_inline enum verdict parse_ip4(struct __sk_buff *skb, struct pack
 	/* 0: longer than the field can say, the kernel's own batches (BIG TCP, 6.3). */
 	if (!length)
 		length = skb->len - packet->l3;
+	if (length < size)
+		return VERDICT_TRUNCATED;
 	addr_set_v4(&packet->flow.src, ip->saddr);
 	addr_set_v4(&packet->flow.dst, ip->daddr);
 	packet->version = IP4_VERSION;
 	packet->l4 = packet->l3 + size;
-	packet->l4_size = length > size ? length - size : 0;
+	packet->l4_size = length - size;
 	packet->next = ip->protocol;
 	packet->hops = ip->ttl;
 	packet->fragment = fragment_kind(ip->frag_off & bpf_htons(IP4_FRAGMENT_OFFSET),

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS
-from ebpfproxy.libbpf import lib
-from ebpfproxy.loader import Loaded, LoadOptions, choose
-from ebpfproxy.loader.bcc import headers_problem
-from packets.node import NODE_PORTS, SECOND_NS, SNAT_PORTS, UDP_IDLE_S, V4, V6, Family, Node
+from packets.loading import load
+from packets.node import V4, V6, Family, Node
 from rig import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[2]
-
-#: Small: arrays are cleared and read whole.
-SIZES = {
-    "slots": 65536,
-    "backends": 4096,
-    "backend_stats": 4096,
-    "service_stats": 1024,
-    "backend_hops": 4096,
-    "backend_health": 4096,
-    "conntrack": 8192,
-    "new_flows": 8192,
-    "affinity": 8192,
-    "fragments": 1024,
-    "sockets": 8192,
-}
-
-
-COOKIE = (
-    "import socket; print(int.from_bytes(socket.socket().getsockopt(socket.SOL_SOCKET, 71, 8), 'little'))"
-)
-"""Prints the cookie of its network namespace (SO_NETNS_COOKIE, Linux 5.14); Python has no name for it."""
-
-
-CONFIG = {
-    "node_port_min": NODE_PORTS[0],
-    "node_port_max": NODE_PORTS[1],
-    "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
-    "snat_port_min": SNAT_PORTS[0],
-    "snat_port_max": SNAT_PORTS[1],
-    "features": lib.FEATURE_SET_RETVAL if kernel.is_since(5, 18) else 0,
-}
+    from ebpfproxy.loader import Loaded
 
 
 @pytest.fixture(scope="session")
@@ -70,20 +32,8 @@ def host(nothing_left: None) -> Iterator[kernel.Netns]:
 @pytest.fixture(scope="session", params=["libbpf", "bcc"])
 def programs(request: pytest.FixtureRequest, host: kernel.Netns) -> Iterator[Loaded]:
     """The programs in the kernel."""
-    with pytest.MonkeyPatch.context() as patch, kernel.new_bpffs() as bpffs:
-        if request.param == "bcc" and headers_problem(os.environ):
-            script = [ROOT / "scripts/bcc-headers"]
-            made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
-            patch.setenv("BCC_KERNEL_SOURCE", made.stdout.strip())
-        known = kernel.is_since(5, 14)
-        cookie = int(host.place().run(sys.executable, "-c", COOKIE).stdout) if known else INITIAL_NETNS
-        loaded = choose(request.param).load(
-            LoadOptions(maps_dir=bpffs / "maps", config={**CONFIG, "host_netns": cookie}, sizes=SIZES)
-        )
-        try:
-            yield loaded
-        finally:
-            loaded.close()
+    with load(request.param, host, {}) as loaded:
+        yield loaded
 
 
 @pytest.fixture

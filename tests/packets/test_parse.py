@@ -162,6 +162,7 @@ LEFT_ALONE = [
     Alone("IPv4 options cut", ETHER / ip4(ihl=15, len=20, proto=6), "TRUNCATED"),
     Alone("IPv4 shorter than its TCP header", ETHER / ip4(len=39) / SYN, "TRUNCATED"),
     Alone("IPv4 shorter than its own header", ETHER / ip4(len=19) / SYN, "TRUNCATED"),
+    Alone("later fragment shorter than its own header", ETHER / ip4(len=19, frag=3) / SYN, "TRUNCATED"),
     Alone("TCP header cut", ETHER / ip4() / SYN, "TRUNCATED", cut=1),
     Alone("TCP header cut, IPv6", ETHER / ip6() / SYN, "TRUNCATED", cut=1),
     Alone("UDP header cut", ETHER / ip4() / ASK, "TRUNCATED", cut=1),

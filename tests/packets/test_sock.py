@@ -20,7 +20,7 @@ import pytest
 from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS, is_in_initial_netns
 from ebpfproxy.libbpf import Link, Map, Object, lib
 from ebpfproxy.loader import OBJECTS
-from packets.conftest import CONFIG
+from packets.loading import CONFIG
 from packets.node import SECOND_NS, V4, V6, Backend, Family, Node
 from rig import kernel
 from rig.kernel import REFUSED
