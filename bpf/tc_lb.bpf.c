@@ -132,8 +132,16 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 	verdict = forget_path(room, find(skb, &origin, now, &flow));
 	if (!flow || !(is_translated(verdict) || verdict == VERDICT_RELATED))
 		return verdict;
-	if (flow->flags & (FLOW_SNAT | FLOW_DSR)) {
+	if (flow->flags & (FLOW_SNAT | FLOW_DSR))
 		renew_hop(&origin, flow, now);
+	if (is_translated(verdict) && verdict != VERDICT_NEW)
+		count_packet(packet, flow);
+	/* One place for entries of every map: for the verifier they are one then, and what follows is walked once. */
+	room->flow = *flow;
+	flow = &room->flow;
+	origin.is_renewed = forget(room, origin.is_renewed);
+	verdict = forget_path(room, verdict);
+	if (flow->flags & (FLOW_SNAT | FLOW_DSR)) {
 		is_forwarded = flow->hop.kind != HOP_HERE;
 		if (!is_forwarded && flow->flags & FLOW_DSR)
 			return VERDICT_NO_ROUTE;
@@ -143,9 +151,6 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 			return origin.outer ? VERDICT_NO_ROUTE : problem;
 	}
 	is_forwarded = forget(room, is_forwarded);
-	origin.is_renewed = forget(room, origin.is_renewed);
-	if (is_translated(verdict) && verdict != VERDICT_NEW)
-		count_packet(packet, flow);
 	if (origin.outer && !unwrap(skb, packet, origin.outer))
 		return VERDICT_REWRITE_FAILED;
 	/* To a backend of FLOW_DSR the packet goes as it is; the node there translates it. */
