@@ -213,15 +213,17 @@ static __always_inline int tc_exit(struct __sk_buff *skb, struct scratch *room,
 	return room->action;
 }
 
-/* The action that sends an answer out of the device that it came through. Without a MAC header in sight it gets one,
- * of the kernel's making: the device may have them (tunnel.h).
+/* The action that sends an answer out of the device that it came through. A device without MAC headers needs none. One
+ * that has them, where generic XDP hid this packet's (tunnel.h), gets one of the kernel's making: such devices are in
+ * map xdp_devices, and they need a route back.
  */
 static __always_inline int send_back(struct __sk_buff *skb, struct packet *packet)
 {
-	if (packet->l3)
-		return bpf_redirect(skb->ifindex, 0);
-	return add_ethernet(skb, packet) ? TC_ACT_SHOT
-					 : bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
+	__u32 device = skb->ifindex;
+
+	if (packet->l3 || !map_lookup(xdp_devices, &device))
+		return bpf_redirect(device, 0);
+	return add_ethernet(skb, packet) ? TC_ACT_SHOT : bpf_redirect_neigh(device, NULL, 0, 0);
 }
 
 SEC("tc")
