@@ -253,7 +253,7 @@ def test_check(live: Live) -> None:
     assert one(report["dataplanes"], name="bpf")["reason"] == ""
     assert one(report["loaders"], name="libbpf")["reason"] == ""
     assert all(feature["ok"] for feature in report["features"] if feature["required"])
-    assert any("another node" in sentence for sentence in report["unsupported"])
+    assert any("left to the real load balancer" in sentence for sentence in report["unsupported"])
 
 
 NOUNS = ["services", "backends", "connections", "affinity", "maps"]
