@@ -160,6 +160,7 @@ class Collector:
         self._due_s = 0.0
         self._pass: _Pass | None = None
         self._drift: dict[int, int] = {}  # backend id -> what the last pass found open beyond the counter
+        self._ejected_drift: dict[int, int] = {}  # service id -> the same of backends passed over
 
     def hurry(self) -> None:
         """Start a pass at the next step: a UDP backend is gone."""
@@ -284,7 +285,7 @@ class Collector:
         return entry.backend in current.dead or now_ns - entry.last_used_ns > timeout_s * _NS
 
     def _recount_ejected(self) -> None:
-        """Mend the counters of backends that are passed over."""
+        """Mend the counters of backends that are passed over: what two passes in a row found wrong alike."""
         health = self._maps["backend_health"].mmap()
         untils = health.cast("Q")[:: BACKEND_HEALTH.size // 8].tolist()
         # One whose time is over stays counted until somebody asks after it.
@@ -292,12 +293,19 @@ class Collector:
         stats = self._maps["service_stats"].mmap().cast("q")
         stride, column = SERVICE_STATS.size // 8, SERVICE_STATS.offsets["ejected"] // 8
         if not ejected and not any(stats[column::stride]):
+            self._ejected_drift = {}
             return
         backends, size = self._maps["backends"].mmap(), BACKEND.size
         found = Counter(BACKEND.read(backends[n * size : (n + 1) * size]).service for n in ejected)
-        for number, value in enumerate(stats[column::stride].tolist()):
-            if value != found[number]:
-                stats[number * stride + column] = found[number]
+        drift = {
+            number: found[number] - value
+            for number, value in enumerate(stats[column::stride].tolist())
+            if value != found[number]
+        }
+        for number, error in drift.items():
+            if self._ejected_drift.get(number) == error:
+                stats[number * stride + column] += error
+        self._ejected_drift = drift
 
     def _recount(self, found: Mapping[int, int]) -> None:
         """Mend the counters of open connections.
