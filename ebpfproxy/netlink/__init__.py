@@ -31,7 +31,7 @@ PRIMARY = "primary"  # the special value of nodePortAddresses
 # (rtnetlink.h).
 _RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
 _RTMGRP_ROUTES = 0x40 | 0x400  # of both families
-_RTMGRP_NEIGH, _RTMGRP_IPV4_ROUTE, _RTMGRP_IPV6_ROUTE = 0x4, 0x40, 0x400
+_RTMGRP_NEIGH = 0x4
 _RTM_NEWNEIGH, _RTM_DELNEIGH = 28, 29
 # linux/neighbour.h: attributes, and the states incomplete and failed.
 _NDA_DST, _NDA_LLADDR = 1, 2
@@ -77,18 +77,17 @@ class Filter(NamedTuple):
     name: str
 
 
-class Watch:
-    """Tells that a device or an address changed; what changed has to be read anew.
+class _Listener:
+    """A socket that rtnetlink tells of changes.
 
     Args:
-        routes: tell of routes, too.
+        groups: bits of RTMGRP_*.
     """
 
-    def __init__(self, *, routes: bool = False) -> None:
+    def __init__(self, groups: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.setblocking(False)
-        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
-        self._socket.bind((0, groups | _RTMGRP_ROUTES if routes else groups))
+        self._socket.bind((0, groups))
 
     def fileno(self) -> int:
         """Return what to wait for with select or poll."""
@@ -99,52 +98,57 @@ class Watch:
         is_changed = False
         while True:
             try:
-                self._socket.recv(65536)
-            except BlockingIOError:
-                return is_changed
-            except OSError:  # ENOBUFS: more changes than the socket could hold
-                return True
-            is_changed = True
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._socket.close()
-
-
-class RouteChanges:
-    """Tells that a way changed: routes, addresses, devices, and neighbours' MAC addresses."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setblocking(False)
-        groups = _RTMGRP_LINK | _RTMGRP_NEIGH | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
-        self._socket.bind((0, groups | _RTMGRP_IPV4_ROUTE | _RTMGRP_IPV6_ROUTE))
-        self._neighbours: dict[tuple[int, bytes], bytes] = {}  # device, address -> MAC address
-
-    def fileno(self) -> int:
-        """Return what to wait for with select or poll."""
-        return self._socket.fileno()
-
-    def happened(self) -> bool:
-        """Return whether anything changed since the last call; does not block."""
-        is_changed = False
-        while True:
-            try:
                 data = self._socket.recv(65536)
             except BlockingIOError:
                 return is_changed
             except OSError:  # ENOBUFS: more changes than the socket could hold
-                self._neighbours.clear()
+                self._forget()
                 return True
-            for kind, body in _messages(data):
-                if kind in (_RTM_NEWNEIGH, _RTM_DELNEIGH):
-                    is_changed |= self._has_moved(kind, body)
-                else:
-                    is_changed = True
+            is_changed |= self._matters(data)
 
     def close(self) -> None:
         """Stop watching."""
         self._socket.close()
+
+    def _matters(self, data: bytes) -> bool:
+        """Return whether messages are a change: where no more is said, every one is."""
+        return bool(data)
+
+    def _forget(self) -> None:
+        """Messages were lost."""
+
+
+class Watch(_Listener):
+    """Tells that a device or an address changed; what changed has to be read anew.
+
+    Args:
+        routes: tell of routes, too.
+    """
+
+    def __init__(self, *, routes: bool = False) -> None:
+        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+        super().__init__(groups | _RTMGRP_ROUTES if routes else groups)
+
+
+class RouteChanges(_Listener):
+    """Tells that a way changed: routes, addresses, devices, and neighbours' MAC addresses."""
+
+    def __init__(self) -> None:
+        groups = _RTMGRP_LINK | _RTMGRP_NEIGH | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR
+        super().__init__(groups | _RTMGRP_ROUTES)
+        self._neighbours: dict[tuple[int, bytes], bytes] = {}  # device, address -> MAC address
+
+    def _matters(self, data: bytes) -> bool:
+        is_changed = False
+        for kind, body in _messages(data):
+            if kind in (_RTM_NEWNEIGH, _RTM_DELNEIGH):
+                is_changed |= self._has_moved(kind, body)
+            else:
+                is_changed = True
+        return is_changed
+
+    def _forget(self) -> None:
+        self._neighbours.clear()
 
     def _has_moved(self, kind: int, body: bytes) -> bool:
         """Return whether a neighbour has another MAC address, or none any more. Its states change often.

@@ -55,6 +55,6 @@ class HopWatch:
             ready = {number for number, _ in poller.poll()}
             if self._alarm.fileno() in ready:
                 return
-            if self._changes.happened():
+            if self._changes.changed():
                 self._raise()
                 log.debug("a route or neighbour changed")

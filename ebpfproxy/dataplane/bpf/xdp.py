@@ -45,9 +45,8 @@ class XdpAttachments:
         self._mode = mode if program is not None else "off"
         self._patterns = patterns
         self._attached: dict[str, tuple[int, str]] = {}  # device -> index, native | generic
-        self._told: dict[
-            str, tuple[int, str]
-        ] = {}  # as _attached, but for what the log says: it forgets nothing
+        # As _attached, but for what the log says: it forgets nothing.
+        self._told: dict[str, tuple[int, str]] = {}
         self._refused: dict[str, int] = {}  # device -> index: said once, not tried again
 
     @property
@@ -95,21 +94,17 @@ class XdpAttachments:
     def _attach_one(self, name: str, index: int) -> str:
         assert self._program is not None, "the mode is off without a program"
         path = self._links / pin_name(PROGRAM, name)
-        modes = {"auto": ("native",), "native": ("native",), "generic": ("generic",)}[self._mode]
+        how, flags = ("generic", XDP_GENERIC) if self._mode == "generic" else ("native", XDP_NATIVE)
         # Of a link nothing tells the mode: the pin's name does.
-        for how in modes:
-            pinned = path.with_name(f"{path.name}+{how}")
+        pinned = path.with_name(f"{path.name}+{how}")
 
-            def is_ours(link: Link) -> bool:
-                info = link.info()
-                return info.ifindex == index and info.attach_type == lib.BPF_XDP
+        def is_ours(link: Link) -> bool:
+            info = link.info()
+            return info.ifindex == index and info.attach_type == lib.BPF_XDP
 
-            if swap_program(pinned, self._program, is_ours):
-                return how
-        self._unpin(path.name)
-        how = modes[0]
-        flags = XDP_NATIVE if how == "native" else XDP_GENERIC
-        pin_link(Link.attach_xdp(self._program, index, flags), path.with_name(f"{path.name}+{how}"))
+        if not swap_program(pinned, self._program, is_ours):
+            self._unpin(path.name)
+            pin_link(Link.attach_xdp(self._program, index, flags), pinned)
         return how
 
     def _detach_others(self, wanted: Mapping[str, int]) -> None:
