@@ -34,6 +34,7 @@ from ebpfproxy.model.services import (
 )
 from fake_maps import cluster_ip, load_balancer, node_port, service
 from rig.kernel import is_since
+from rig.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -350,6 +351,38 @@ class TestDevices:
         with running(options):
             assert "tc_ingress@v0" in links(options)
             assert inside.shell("tc filter show dev v0 ingress") == ""
+
+
+class TestHops:
+    """When the programs' next hops are void."""
+
+    def epoch(self, dataplane: BpfDataplane) -> int:
+        return int.from_bytes(dataplane._running().maps["epochs"].mmap()[:4], sys.byteorder)
+
+    @pytest.mark.parametrize(
+        ("change", "counts"),
+        [
+            ("ip route add 198.51.100.0/24 via 192.0.2.2", True),
+            ("ip neigh replace 192.0.2.2 lladdr 02:00:00:00:00:03 dev v0 nud stale", True),
+            ("ip neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev v0 nud reachable", False),
+        ],
+        ids=["route", "another MAC address", "the same one"],
+    )
+    def test_what_voids_them(self, options: BpfOptions, inside: Netns, change: str, counts: bool) -> None:
+        add_device(inside, "v0")
+        inside.shell("ip link set v0 up; ip link set peer-v0 up; ip addr add 192.0.2.1/24 dev v0")
+        with running(options) as dataplane:
+            inside.shell("ip neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev v0 nud stale")
+            last = -1
+            while (now := self.epoch(dataplane)) != last:  # the device may still be coming up
+                last = now
+                time.sleep(0.5)
+            inside.shell(change)
+            if counts:
+                eventually(lambda: self.epoch(dataplane) > last, "next hops to be void")
+            else:
+                time.sleep(0.5)
+                assert self.epoch(dataplane) == last
 
 
 class TestCleanup:
