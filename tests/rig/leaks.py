@@ -35,13 +35,10 @@ def pins() -> set[Path]:
 def sweep() -> None:
     """Remove what test runs left whose process is gone (killed, or the machine was stopped)."""
     everywhere = [NETNS_DIRECTORY, cgroup_root(), Path(tempfile.gettempdir())]
-    found = {
-        match[1]
-        for place in everywhere
-        for path in _entries(place, "ebp-")
-        if (match := re.match(r"ebp-(\d+)-", path.name))
-    }
-    for pid in found:
+    names = [path.name for place in everywhere for path in _entries(place, "ebp-")]
+    # A proxy may be all that is left: it outlives its agent, and its directory too.
+    names += [part for path in _proxy_sockets().values() for part in path.parts]
+    for pid in {match[1] for name in names if (match := re.match(r"ebp-(\d+)-", name))}:
         if not Path(f"/proc/{pid}").exists():
             _remove(f"ebp-{pid}-")
 
@@ -71,12 +68,17 @@ def _entries(directory: Path, prefix: str) -> list[Path]:
 
 def proxies(prefix: str) -> list[int]:
     """Return the proxies of mode userspace with ``prefix`` in their socket's path."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
+    return [pid for pid, path in _proxy_sockets().items() if prefix in str(path)]
+
+
+def _proxy_sockets() -> dict[int, Path]:
+    """Return the socket of each proxy of mode userspace, by process."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if "ebpfproxy.dataplane.userspace.proxy" in words and any(prefix in word for word in words):
-                found.append(int(entry.name))
+            if "ebpfproxy.dataplane.userspace.proxy" in words and "--socket" in words[:-1]:
+                found[int(entry.name)] = Path(words[words.index("--socket") + 1])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -18,6 +19,7 @@ import pytest
 from ebpfproxy.dataplane.userspace import client, protocol, tcp
 from ebpfproxy.dataplane.userspace.protocol import Fate, Listener, ServicePort, Settings, Target, Update
 from ebpfproxy.dataplane.userspace.proxy import raise_limits
+from rig.names import temporary_directory
 from rig.wait import eventually
 
 if TYPE_CHECKING:
@@ -95,14 +97,16 @@ def target(backend: socket.socket, weight: int = 1) -> Target:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
+    directory = temporary_directory("proxy")  # its name tells whose the proxy is, if we are killed
     with contextlib.ExitStack() as stack:
-        made = Bench(tmp_path, stack)
+        stack.callback(shutil.rmtree, directory)
+        made = Bench(directory, stack)
         try:
             yield made
         finally:
             made.proxy.close()
-            client.stop(tmp_path)
+            client.stop(directory)
 
 
 def read_all(sock: socket.socket) -> bytes:
