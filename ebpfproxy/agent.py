@@ -57,6 +57,7 @@ _TICK_S = 1.0
 _GC_THRESHOLD = (100_000, 50, 100)
 _NETWORK_S = 0.05  # how long changes of devices and addresses are gathered
 _HEALTH_S = 1.0  # the first Service goes before: only after this health is told without one
+ONCE_S = 60.0  # ``run --once`` waits so long for the source; --help says it, too
 _RELOAD_S = 15.0  # a reload counts as done after this, whatever the source does
 
 
@@ -302,6 +303,7 @@ class Agent:
         poller = select.poll()
         poller.register(self._alarm, select.POLLIN)
         poller.register(self._network.fileno(), select.POLLIN)
+        give_up_at = time.monotonic() + ONCE_S if once else float("inf")
         self._notifier.status(f"reading {self._place.manifests or self._place.server}")
         try:
             while not self._must_stop:
@@ -313,14 +315,27 @@ class Agent:
                     return EXIT_FAILED
                 if once and self._state is not None:
                     return EXIT_REFUSED if self._problems.has("source", "allocation", "resolve") else EXIT_OK
+                if time.monotonic() >= give_up_at:
+                    _log.error("%s", self._why_not_once())
+                    return EXIT_FAILED
                 if not self._must_stop:
-                    poller.poll(max(0.0, self._due() - time.monotonic()) * 1000 + 1)
+                    due = min(self._due(), give_up_at)
+                    poller.poll(max(0.0, due - time.monotonic()) * 1000 + 1)
                 self._alarm.silence()
             return EXIT_OK
         finally:
             self._notifier.stopping("stopped; Services go on working")
             self.close()
             self._write_status("stopped")
+
+    def _why_not_once(self) -> str:
+        """Return what ``run --once`` says when it has waited long enough."""
+        place = self._place.manifests or self._place.server
+        why = "; ".join(self._feed.problems) or "nothing is known to be wrong"
+        return (
+            f"read {place}: not everything was there within {ONCE_S:g} s, and --once waits no longer: {why}. "
+            "Nothing was changed: see to it that it can be read, and run this again"
+        )
 
     def close(self) -> None:
         """End what was started; ``run`` does it by itself."""

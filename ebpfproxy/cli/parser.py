@@ -327,7 +327,12 @@ def _verbs(commands: _Commands) -> None:
         metavar="IP:PORT",
         help='where /metrics and /proxyMode are (default: 127.0.0.1:10249); "" = nowhere',
     )
-    run.add_argument("--once", action="store_true", help="end after the first successful sync")
+    run.add_argument(
+        "--once",
+        action="store_true",
+        help="end after the first sync; with status 1 when it fails, or the Services can't be read within "
+        "60 s (the API server is away, say): then nothing is changed",
+    )
     run.add_argument("--log-format", choices=("text", "json"), help="format of the log (default: text)")
     run.add_argument(
         "--map-size",

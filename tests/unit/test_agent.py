@@ -20,7 +20,17 @@ from ebpfproxy.agent import Agent, Options, Place, local_sources
 from ebpfproxy.config import Config
 from ebpfproxy.dataplane.bpf.mode import lock_pins
 from ebpfproxy.errors import ConfigError, DataplaneError, KernelError, MapFullError, SourceError
-from ebpfproxy.model.objects import Node, NodeAddress, NodeSpec, NodeStatus, ObjectKey, Taint
+from ebpfproxy.model.objects import (
+    Endpoint,
+    EndpointPort,
+    EndpointSlice,
+    Node,
+    NodeAddress,
+    NodeSpec,
+    NodeStatus,
+    ObjectKey,
+    Taint,
+)
 from ebpfproxy.model.objects import ObjectMeta as Meta
 from ebpfproxy.model.services import DesiredState, Scheduler
 from ebpfproxy.runner import Limits
@@ -35,7 +45,15 @@ if TYPE_CHECKING:
     from ebpfproxy.events import Event
 
 A = ObjectKey("Service", "default", "a")
+ROOT = Path(__file__).resolve().parents[2]
 TAINT = Taint("ToBeDeletedByClusterAutoscaler", effect="NoSchedule")
+
+
+def endpoints(name: str, count: int) -> EndpointSlice:
+    """Return a slice with so many endpoints of a Service."""
+    meta = Meta(name=f"{name}-1", namespace="default", labels={"kubernetes.io/service-name": name})
+    found = tuple([Endpoint((f"10.244.0.{number}",)) for number in range(1, count + 1)])
+    return EndpointSlice(meta, "IPv4", found, (EndpointPort(port=8080),))
 
 
 class FakeNotifier(Notifier):
@@ -249,6 +267,19 @@ def test_what_the_dataplane_can_not_do_is_named(running: Callable[..., Running])
     until(lambda: it.status().unsupported == ("default/a has source ranges",))
     it.source.put(Delete(A, "a.yaml"))
     until(lambda: it.status().unsupported == ())
+
+
+def test_what_changes_is_counted_and_looked_at(running: Callable[..., Running]) -> None:
+    it = running().start()
+    guarded = service("b", 2, type="LoadBalancer", load_balancer_source_ranges=("192.0.2.0/24",))
+    it.source.put(Set(service("a", 1), "a.yaml"), Set(endpoints("a", 3), "e.yaml"), Synced("objects"))
+    until(lambda: (it.status().services, it.status().backends) == (1, 3))
+    it.source.put(Set(guarded, "b.yaml"), Set(endpoints("a", 2), "e.yaml"))
+    until(lambda: it.status().unsupported == ("default/b has source ranges",))
+    assert (it.status().services, it.status().backends) == (2, 2)
+    it.source.put(Delete(A, "a.yaml"))
+    until(lambda: (it.status().services, it.status().backends) == (1, 0))
+    assert it.status().unsupported == ("default/b has source ranges",)
 
 
 def test_health_is_told_what_is_programmed(running: Callable[..., Running]) -> None:
@@ -633,6 +664,23 @@ def test_once_ends_when_the_source_dies(running: Callable[..., Running]) -> None
     it = running().start(once=True)
     it.source.die(SourceError("broken"))
     assert it.join() == 1
+
+
+def test_once_does_not_wait_forever(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(agent, "ONCE_S", 0.2)
+    it = running(server="https://192.0.2.1:6443").start(once=True)
+    it.source.put(Reported(("list services: connection refused",)))
+    assert it.join() == 1
+    assert it.dataplane.tries == 0
+    (said,) = [each.getMessage() for each in caplog.records if "--once" in each.getMessage()]
+    assert said.startswith("read https://192.0.2.1:6443: not everything was there within 0.2 s")
+    assert "list services: connection refused" in said
+
+
+def test_once_says_how_long_it_waits() -> None:
+    assert f"within {agent.ONCE_S:g} s" in (ROOT / "docs/cli.md").read_text()  # which is --help
 
 
 # --- the process -------------------------------------------------------------------------------------
