@@ -23,6 +23,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy import config, events, files, health, host, log, metrics, netlink, runner, status
 from ebpfproxy.alarm import Alarm
+from ebpfproxy.diff import turnover
 from ebpfproxy.errors import ConfigError, EbpfproxyError, MapFullError
 from ebpfproxy.model.addresses import canonical_cidr
 from ebpfproxy.model.objects import Node, ObjectKey
@@ -273,7 +274,8 @@ class Agent:
         self._forget_resolution()
         self._told: dict[str, tuple[Problem, ...]] = {}
         self._state: DesiredState | None = None  # as it was last programmed
-        self._checked_state: DesiredState | None = None  # as it was last checked for what is unsupported
+        self._seen_state: DesiredState | None = None  # as ``_look_at_state`` saw it
+        self._backends = 0  # in that
         self._is_ready = False
         self._started = _now()
         self._last_sync = ""
@@ -535,9 +537,7 @@ class Agent:
         self._report("dataplane", getattr(self._dataplane, "problems", ()), logging.WARNING)
         if self._reload_synced is not None and now >= self._reload_deadline:
             self._end_reload()
-        if self._state is not None and self._state is not self._checked_state:
-            self._checked_state = self._state
-            self._report("unsupported", self._dataplane.unsupported(self._state), logging.WARNING)
+        self._look_at_state()
         if self._servers is not None:
             self._report("health", self._servers.problems)
         self._write_status()
@@ -545,6 +545,20 @@ class Agent:
             self._publish()
         if self._is_ready:
             self._notifier.status(self._summary())
+
+    def _look_at_state(self) -> None:
+        """Count backends, find what the mode does not do; the cost follows what changed since last time."""
+        state, before = self._state, self._seen_state
+        if state is None or state is before:
+            return
+        self._seen_state = state
+        gone, came = turnover(before.services if before else (), state.services)
+        self._backends += sum(len(each.backends) for each in came) - sum(len(each.backends) for each in gone)
+        turned = msgspec.structs.replace(state, services=(*gone, *came))
+        # A sentence about Services changes only with one that it is about.
+        is_same = before is not None and turned == msgspec.structs.replace(before, services=turned.services)
+        if not is_same or self._dataplane.unsupported(turned):
+            self._report("unsupported", self._dataplane.unsupported(state), logging.WARNING)
 
     def _publish(self) -> None:
         """Give the servers of health and metrics the present state."""
@@ -583,6 +597,7 @@ class Agent:
         # What is there now mostly stays: without this, every full garbage collection walks over all of it.
         gc.freeze()
         self._is_ready = True
+        self._look_at_state()
         self._write_status()
         passed_over = map(str, getattr(self._dataplane, "passed_over", ()))
         for event in events.started(ebpfproxy.__version__, getattr(self._dataplane, "mode", ""), passed_over):
@@ -666,7 +681,7 @@ class Agent:
             syncs=self._syncs,
             failures=self._runner.failures,
             services=len(self._state.services) if self._state else 0,
-            backends=sum(len(each.backends) for each in self._state.services) if self._state else 0,
+            backends=self._backends,
             problems=tuple(text for text in self._problems.all() if text not in unsupported),
             unsupported=unsupported,
             unused_settings=self.settings.unused,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
@@ -108,7 +108,8 @@ class Resolver:
         self._contested: set[Claim] = set()  # those of several Services
         self._entries: dict[_Name, _Entry] = {}
         self._order: list[_Name] = []  # keys of _entries, sorted
-        self._parts: list[tuple[ModelService, ...]] = []  # the result, in that order
+        self._flat: list[ModelService] = []  # the result, in that order
+        self._starts = [0]  # where the part of each of them begins there; the end of the last one
         self._with_problems: dict[_Name, _Entry] = {}
         self._resolution = Resolution((), ())
 
@@ -148,22 +149,27 @@ class Resolver:
                 self._entries.pop(name, None)
         self._arrange(dirty)
         problems = [entry.problems for _, entry in sorted(self._with_problems.items())]
-        self._resolution = Resolution(
-            tuple(chain.from_iterable(self._parts)), tuple(chain.from_iterable(problems))
-        )
+        self._resolution = Resolution(tuple(self._flat), tuple(chain.from_iterable(problems)))
         return self._resolution
 
     def _arrange(self, dirty: set[_Name]) -> None:
         """Bring what was resolved anew into the order of the result."""
         places = {name: bisect_left(self._order, name) for name in dirty}
-        known = {name for name, at in places.items() if self._order[at : at + 1] == [name]}
-        if known == {name for name in dirty if name in self._entries}:
-            for name in known:
-                self._parts[places[name]] = self._entries[name].services
+        parts = {
+            name: slice(*self._starts[at : at + 2])
+            for name, at in places.items()
+            if self._order[at : at + 1] == [name]
+        }
+        sizes = {name: part.stop - part.start for name, part in parts.items()}
+        if sizes == {name: len(self._entries[name].services) for name in dirty if name in self._entries}:
+            for name, part in parts.items():
+                self._flat[part] = self._entries[name].services
         else:
             kept = [name for name in self._order if name in self._entries]
-            self._order = sorted(kept + [name for name in dirty - known if name in self._entries])
-            self._parts = [self._entries[name].services for name in self._order]
+            self._order = sorted(kept + [name for name in dirty - parts.keys() if name in self._entries])
+            found = [self._entries[name].services for name in self._order]
+            self._flat = [*chain.from_iterable(found)]
+            self._starts = [*accumulate(map(len, found), initial=0)]
         for name in dirty:
             entry = self._entries.get(name)
             if entry is not None and entry.problems:

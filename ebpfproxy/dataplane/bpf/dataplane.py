@@ -170,9 +170,9 @@ class BpfDataplane:
         """
         with _no_cycles(), self._forget_on_error():
             tables = self._current_tables()
-            if self._attachments is not None:
-                self._attachments.watch_connects(is_wanted=any(s.outliers for s in state.services))
             failures = tables.update(state)
+            if self._attachments is not None:
+                self._attachments.watch_connects(is_wanted=tables.ejects)
             self._apply(tables)
             while failures:  # the deletes may have made room
                 before = len(failures)

@@ -32,7 +32,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     pack_prefix,
     pack_slots,
 )
-from ebpfproxy.diff import Delta, diff
+from ebpfproxy.diff import Delta, diff, turnover
 from ebpfproxy.errors import MapFullError
 from ebpfproxy.libbpf import lib
 from ebpfproxy.model.services import (
@@ -321,7 +321,8 @@ class Tables:
         self._slots = SlotAllocator(limits["slots"], SLOT_GRACE_S)
         self._entries: dict[bytes, _Entry] = {}
         self._by_id: dict[int, _Entry] = {}
-        self._seen: dict[int, Service] = {}  # id() of a programmed Service -> it
+        self._services: tuple[Service, ...] = ()  # as ``update`` was last told
+        self._unfit: list[Service] = []  # those of them that did not fit
         self._adopted: set[bytes] = set()  # names found in the kernel, no Service of that name fitted yet
         self._gone: dict[int, tuple[_Entry, bytes]] = {}
         self._freed_backends: list[int] = []
@@ -421,6 +422,11 @@ class Tables:
             if entry.service is not None and entry.service.affinity_s
         }
 
+    @property
+    def ejects(self) -> bool:
+        """Whether backends of some Service may be passed over because they fail."""
+        return bool(self.wanted["outliers"])
+
     def has_lost_udp(self) -> bool:
         """Return whether a UDP backend went since the last commit."""
         return any(
@@ -441,13 +447,15 @@ class Tables:
         masquerade = Masquerade(state.masquerades_all, state.masquerades_outside)
         must_render = masquerade != self._masquerade
         self._masquerade = masquerade
-        now = {id(service): service for service in state.services}
-        changed = [service for number, service in now.items() if must_render or number not in self._seen]
-        left = [service for number, service in self._seen.items() if number not in now]
-        if left or self._adopted:
+        gone, came = turnover(self._services, state.services)
+        left = set(map(id, gone))
+        unfit = [service for service in self._unfit if id(service) not in left]
+        changed = state.services if must_render else [*came, *unfit]
+        self._services = state.services
+        if gone or self._adopted:
             kept = set(map(name_bytes, state.services if self._adopted else changed))
-            names = {name_bytes(service) for service in left} | self._adopted
-            for name in names - kept:
+            names = {name_bytes(service) for service in gone} | self._adopted
+            for name in (names & self._entries.keys()) - kept:
                 self._remove(self._entries[name])
         failures: list[tuple[Service | None, MapFullError]] = []
         for service in changed:
@@ -455,6 +463,7 @@ class Tables:
                 self._admit(service)
             except MapFullError as error:
                 failures.append((service, error))
+        self._unfit = [service for service, _ in failures if service is not None]
         if self._state is None or _of_node(state) != _of_node(self._state):
             try:
                 self._admit_node(state)
@@ -540,10 +549,7 @@ class Tables:
         self._set_dsr_backends(entry, sent_to)
         if rendered.outlier != self.wanted["outliers"].get(number):
             self.want("outliers", number, rendered.outlier)
-        if entry.service is not None:
-            self._seen.pop(id(entry.service), None)
         entry.service = service
-        self._seen[id(service)] = service
         self._adopted.discard(entry.name)
 
     def _set_backends(self, entry: _Entry, rendered: RenderedService, ids: dict[bytes, int]) -> None:
@@ -641,9 +647,7 @@ class Tables:
         self.want("outliers", entry.id, None)
         for key in entry.backends:
             self._retire_backend(entry, key)
-        if entry.service is not None:
-            self._seen.pop(id(entry.service), None)
-            entry.service = None
+        entry.service = None
         self._adopted.discard(entry.name)
         self._forget_if_empty(entry)
 
