@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import collector, forward, maglev, state, userspace
+from benchmarks import collector, forward, maglev, state, userspace, xdp
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument(
         "only",
         nargs="*",
-        help="scale, connections, starts, reading, kubernetes, maglev, gc, userspace, forward (default: "
+        help="scale, connections, starts, reading, kubernetes, maglev, gc, userspace, forward, xdp (default: "
         "these), cluster",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--backends", type=int, default=10, help="of each Service")
     parser.add_argument("--changes", type=int, default=400, help="of one endpoint")
     parser.add_argument("--repeat", type=int, default=1_000_000, help="of a packet, in a round")
+    parser.add_argument("--packets", type=int, default=20_000, help="that xdp_lb sees in a pass")
     parser.add_argument("--rounds", type=int, default=80, help="of connections")
     parser.add_argument("--milliseconds", type=int, default=100, help="of connections in a turn")
     parser.add_argument("--starts", type=int, default=7, help="of the agent and of commands")
@@ -278,6 +279,7 @@ def main() -> int:
         "gc",
         "userspace",
         "forward",
+        "xdp",
     ]
     figures: dict[str, Any] = {"machine": machine()}
     if "maglev" in wanted:
@@ -306,6 +308,8 @@ def main() -> int:
                 figures |= userspace.measure(options, program, PORT)
         if "forward" in wanted:
             figures["forward"] = forward.measure(options.milliseconds * 5, options.starts)
+        if "xdp" in wanted:
+            figures |= xdp.measure((1, options.services), options.packets)
     except (AssertionError, subprocess.SubprocessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
