@@ -149,6 +149,21 @@ def test_the_proxy_is_behind_the_rules_only(world: World) -> None:
 # --- nothing is cut
 
 
+def test_the_ports_of_the_proxy_are_free_for_the_other_family(net: Topology) -> None:
+    """A client on the node whose port the proxy has in the other family gets its answers."""
+    agent = Agent(net, mode="userspace", config=known.CONFIG)
+    agent.write(*web(net.pods[0]))
+    with agent, Probe(net.on_node_bare) as node, contextlib.closing(client.Proxy(agent.state_dir)) as proxy:
+        taken: dict[int, set[int]] = {4: set(), 6: set()}
+        for key, each in proxy.hello.listeners.items():
+            served = proxy.hello.services[each.service]
+            if served.protocol == "UDP":
+                taken[served.family].add(proxy.hello.ports[key])
+        for family, here, there in zip((4, 6), NODE_IPS, net.pods[0].ips, strict=True):
+            for port in taken[10 - family] - taken[family]:
+                assert node.udp(there, known.TO_UDP["port"], bind=(here, port)) == {"pod1": 1}
+
+
 def web(*pods: Pod) -> list[dict[str, Any]]:
     return [
         service(

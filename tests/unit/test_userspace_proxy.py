@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ebpfproxy.dataplane.userspace import client, protocol, tcp
+from ebpfproxy.dataplane.userspace import client, protocol
 from ebpfproxy.dataplane.userspace.protocol import Fate, Listener, ServicePort, Settings, Target, Update
 from ebpfproxy.dataplane.userspace.proxy import raise_limits
 from rig.names import temporary_directory
@@ -291,23 +291,32 @@ def test_schedulers_share_connections_that_stay(
     assert [accepted(bench, backend) for backend in backends] == shares
 
 
-def test_affinity_binds_clients_until_its_timeout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "ANSWER_S", (8.0,) * 6)  # a busy machine must not look like a dead backend
+def test_affinity_binds_clients_until_its_timeout(bench: Bench) -> None:
     backends = [bench.bound(TCP) for _ in range(3)]
     where = bench.serve([target(each) for each in backends], affinity_s=3600)
     for source in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
         for _ in range(4):
-            bench.connect(where, source)
-    eventually(lambda: bench.proxy.counts().open_connections == 12, "all to be joined")
-    assert [accepted(bench, backend) for backend in backends] == [4, 4, 4], "each client has one of them"
+            bench.connect(where, source)  # at once, before the one before has its backend
+    shares = [0, 0, 0]
+
+    def all_accepted() -> bool:
+        shares[:] = [
+            share + accepted(bench, backend) for share, backend in zip(shares, backends, strict=True)
+        ]
+        return sum(shares) == 12
+
+    eventually(all_accepted, "all to be joined")
+    assert shares == [4, 4, 4], "each client has one of them"
 
 
 def test_a_client_whose_backend_does_not_answer_gets_another_and_stays(bench: Bench) -> None:
     gone, good, third = closed_port(bench), bench.bound(TCP), bench.bound(TCP)
     where = bench.serve([gone, target(good), target(third)], affinity_s=3600)
     for _ in range(3):
-        bench.connect(where, "127.0.0.2")
-    eventually(lambda: bench.proxy.counts().open_connections == 3, "all to be joined")
+        here = bench.connect(where, "127.0.0.2")
+        there = bench.stack.enter_context(good.accept()[0])
+        here.sendall(b"x")
+        assert there.recv(1) == b"x", "joined: the proxy knows who answered"
     assert bench.proxy.counts().retries == 1, "the first connection found out, the others knew"
 
 

@@ -88,8 +88,11 @@ class Hub:
         targets = {Fate.CLUSTER: service.cluster, Fate.LOCAL: service.local}.get(fate, ())
         if not targets:
             return ()
-        balancer = self.balancers.setdefault(listener.service, Balancer())
-        return balancer.order(targets, service.scheduler, service.affinity_s, client, key, self.loop.time())
+        balancer, now = self.balancers.setdefault(listener.service, Balancer()), self.loop.time()
+        tried = balancer.order(targets, service.scheduler, service.affinity_s, client, key, now)
+        if service.affinity_s:  # bound now: its next connection may come before this one is answered
+            balancer.bind(client[0], tried[0][:2], now)
+        return tried
 
     def opened(self, key: str, client: str, target: Target) -> Balancer:
         """Note that a client has a backend; return who is to be told of the end (``Balancer.closed``)."""

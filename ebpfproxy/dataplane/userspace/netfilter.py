@@ -4,7 +4,8 @@ nftables: one table of our own; frontends are elements of its maps, so that a ch
 iptables, where there is no nft: chains of our own, written anew as a whole.
 
 Connection tracking keeps what was begun: a rule that goes, or a listener that has another port, touches no
-established connection.
+established connection. What is refused is what somebody asks for, never an answer: a client on this node may
+have any port, one of the proxy's in the other family too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ table inet {table} {{
 	set refused4 {{ type ipv4_addr . inet_proto . inet_service; }}
 	set refused6 {{ type ipv6_addr . inet_proto . inet_service; }}
 	set refused_node {{ type nf_proto . inet_proto . inet_service; }}
-	set proxy {{ type inet_proto . inet_service; }}
+	set proxy {{ type nf_proto . inet_proto . inet_service; }}
 
 	chain lead {{
 		dnat ip to ip daddr . meta l4proto . th dport map @doors4
@@ -74,15 +75,15 @@ table inet {table} {{
 	}}
 	chain prerouting {{
 		type filter hook prerouting priority -90; policy accept;
-		jump unserved
+		ct direction original jump unserved
 	}}
 	chain output {{
 		type filter hook output priority -90; policy accept;
-		jump unserved
+		ct direction original jump unserved
 	}}
 	chain input {{
 		type filter hook input priority filter; policy accept;
-		meta l4proto . th dport @proxy ct status & dnat == 0 jump refuse
+		ct direction original meta nfproto . meta l4proto . th dport @proxy ct status & dnat == 0 jump refuse
 	}}
 }}
 """
@@ -105,7 +106,7 @@ def elements(redirects: Redirects, ports: Mapping[str, int]) -> Elements:
             found[f"doors{number}", f"{door.address} . {protocol} . {door.port}"] = data
         else:
             found[f"node_doors{number}", f"{protocol} . {door.port}"] = data
-        found["proxy", f"{protocol} . {ports[listener]}"] = ""
+        found["proxy", f"ipv{number} . {protocol} . {ports[listener]}"] = ""
     for door in redirects.refused:
         number, protocol = door.family, door.protocol.lower()
         if door.address:
@@ -150,6 +151,7 @@ def iptables_whole(family: int, redirects: Redirects, ports: Mapping[str, int]) 
     refused += [
         f"-A {refuse} -p tcp -j REJECT --reject-with tcp-reset",
         f"-A {refuse} -j REJECT --reject-with {unreachable}",
+        f"-A {CHAIN} -m conntrack --ctdir REPLY -j RETURN",
     ]
     target = redirects.target[family]
     target = f"[{target}]" if family == 6 else target

@@ -127,10 +127,12 @@ class TcpAcceptor:
         while waiting and silences < len(ANSWER_S):
             target = waiting.popleft()
             ready, sock = sock, None
+            # Nobody else to ask: then the kernel's own repeated SYNs do, and no connection is begun twice.
+            timeout_s = ANSWER_S[silences] if waiting else sum(ANSWER_S[silences:])
             try:
-                return await self._dial(target, ANSWER_S[silences], ready), target
+                return await self._dial(target, timeout_s, ready), target
             except TimeoutError:
-                silences += 1
+                silences = silences + 1 if waiting else len(ANSWER_S)
                 waiting.append(target)  # it may just be slow: the others first
             except OSError as error:
                 if error.errno in NO_ROOM and shortages < _SHORTAGES_MAX:
