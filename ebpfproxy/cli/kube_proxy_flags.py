@@ -52,58 +52,72 @@ class Flag(NamedTuple):
 
     name: str
     field: str  # path in KubeProxyConfiguration
-    type: Callable[[str], Any] = str
-    metavar: str = "TEXT"
+    kind: str  # what its value is
+
+    @property
+    def type(self) -> Callable[[str], Any]:
+        """What makes a value of the text."""
+        return _TYPES.get(self.kind, str)
 
 
-FLAGS = (
-    Flag("bind-address", "bindAddress", metavar="IP"),
-    Flag("bind-address-hard-fail", "bindAddressHardFail", boolean),
-    Flag("cluster-cidr", "clusterCIDR", metavar="CIDR"),
-    Flag("config-sync-period", "configSyncPeriod", metavar="DURATION"),
-    Flag("conntrack-max-per-core", "conntrack.maxPerCore", int, "N"),
-    Flag("conntrack-min", "conntrack.min", int, "N"),
-    Flag("conntrack-tcp-be-liberal", "conntrack.tcpBeLiberal", boolean),
-    Flag("conntrack-tcp-timeout-close-wait", "conntrack.tcpCloseWaitTimeout", metavar="DURATION"),
-    Flag("conntrack-tcp-timeout-established", "conntrack.tcpEstablishedTimeout", metavar="DURATION"),
-    Flag("conntrack-udp-timeout", "conntrack.udpTimeout", metavar="DURATION"),
-    Flag("conntrack-udp-timeout-stream", "conntrack.udpStreamTimeout", metavar="DURATION"),
-    Flag("detect-local-mode", "detectLocalMode", metavar="MODE"),
-    Flag("feature-gates", "featureGates", switches, "A=BOOL,..."),
-    Flag("iptables-localhost-nodeports", "iptables.localhostNodePorts", boolean),
-    Flag("iptables-masquerade-bit", "iptables.masqueradeBit", int, "N"),
-    Flag("iptables-min-sync-period", "iptables.minSyncPeriod", metavar="DURATION"),
-    Flag("iptables-sync-period", "iptables.syncPeriod", metavar="DURATION"),
-    Flag("ipvs-exclude-cidrs", "ipvs.excludeCIDRs", strings, "CIDR,..."),
-    Flag("ipvs-min-sync-period", "ipvs.minSyncPeriod", metavar="DURATION"),
-    Flag("ipvs-scheduler", "ipvs.scheduler", metavar="NAME"),
-    Flag("ipvs-strict-arp", "ipvs.strictARP", boolean),
-    Flag("ipvs-sync-period", "ipvs.syncPeriod", metavar="DURATION"),
-    Flag("ipvs-tcp-timeout", "ipvs.tcpTimeout", metavar="DURATION"),
-    Flag("ipvs-tcpfin-timeout", "ipvs.tcpFinTimeout", metavar="DURATION"),
-    Flag("ipvs-udp-timeout", "ipvs.udpTimeout", metavar="DURATION"),
-    Flag("kube-api-burst", "clientConnection.burst", int, "N"),
-    Flag("kube-api-content-type", "clientConnection.contentType"),
-    Flag("kube-api-qps", "clientConnection.qps", float, "N"),
-    Flag("log-flush-frequency", "logging.flushFrequency", metavar="DURATION"),
-    Flag("log-json-info-buffer-size", "logging.options.json.infoBufferSize"),
-    Flag("log-json-split-stream", "logging.options.json.splitStream", boolean),
-    Flag("log-text-info-buffer-size", "logging.options.text.infoBufferSize"),
-    Flag("log-text-split-stream", "logging.options.text.splitStream", boolean),
-    Flag("logging-format", "logging.format", metavar="text|json"),
-    Flag("masquerade-all", "iptables.masqueradeAll", boolean),
-    Flag("nodeport-addresses", "nodePortAddresses", strings, "CIDR,..."),
-    Flag("oom-score-adj", "oomScoreAdj", int, "N"),
-    Flag("pod-bridge-interface", "detectLocal.bridgeInterface", metavar="DEVICE"),
-    Flag("pod-interface-name-prefix", "detectLocal.interfaceNamePrefix", metavar="PREFIX"),
-    Flag("profiling", "enableProfiling", boolean),
-    Flag("proxy-mode", "mode", metavar="MODE"),
-    Flag("proxy-port-range", "portRange", metavar="A-B"),
-    Flag("show-hidden-metrics-for-version", "showHiddenMetricsForVersion", metavar="X.Y"),
-    Flag("udp-timeout", "udpIdleTimeout", metavar="DURATION"),
-    Flag("v", "logging.verbosity", int, "N"),
-    Flag("vmodule", "logging.vmodule", strings, "FILE=N,..."),
-)
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "A=BOOL,...": switches,
+    "BOOL": boolean,
+    "CIDR,...": strings,
+    "FILE=N,...": strings,
+    "N": int,
+    "NUMBER": float,
+}
+
+_TABLE = """
+bind-address                       bindAddress                          IP
+bind-address-hard-fail             bindAddressHardFail                  BOOL
+cluster-cidr                       clusterCIDR                          CIDR
+config-sync-period                 configSyncPeriod                     DURATION
+conntrack-max-per-core             conntrack.maxPerCore                 N
+conntrack-min                      conntrack.min                        N
+conntrack-tcp-be-liberal           conntrack.tcpBeLiberal               BOOL
+conntrack-tcp-timeout-close-wait   conntrack.tcpCloseWaitTimeout        DURATION
+conntrack-tcp-timeout-established  conntrack.tcpEstablishedTimeout      DURATION
+conntrack-udp-timeout              conntrack.udpTimeout                 DURATION
+conntrack-udp-timeout-stream       conntrack.udpStreamTimeout           DURATION
+detect-local-mode                  detectLocalMode                      MODE
+feature-gates                      featureGates                         A=BOOL,...
+iptables-localhost-nodeports       iptables.localhostNodePorts          BOOL
+iptables-masquerade-bit            iptables.masqueradeBit               N
+iptables-min-sync-period           iptables.minSyncPeriod               DURATION
+iptables-sync-period               iptables.syncPeriod                  DURATION
+ipvs-exclude-cidrs                 ipvs.excludeCIDRs                    CIDR,...
+ipvs-min-sync-period               ipvs.minSyncPeriod                   DURATION
+ipvs-scheduler                     ipvs.scheduler                       NAME
+ipvs-strict-arp                    ipvs.strictARP                       BOOL
+ipvs-sync-period                   ipvs.syncPeriod                      DURATION
+ipvs-tcp-timeout                   ipvs.tcpTimeout                      DURATION
+ipvs-tcpfin-timeout                ipvs.tcpFinTimeout                   DURATION
+ipvs-udp-timeout                   ipvs.udpTimeout                      DURATION
+kube-api-burst                     clientConnection.burst               N
+kube-api-content-type              clientConnection.contentType         TEXT
+kube-api-qps                       clientConnection.qps                 NUMBER
+log-flush-frequency                logging.flushFrequency               DURATION
+log-json-info-buffer-size          logging.options.json.infoBufferSize  TEXT
+log-json-split-stream              logging.options.json.splitStream     BOOL
+log-text-info-buffer-size          logging.options.text.infoBufferSize  TEXT
+log-text-split-stream              logging.options.text.splitStream     BOOL
+logging-format                     logging.format                       text|json
+masquerade-all                     iptables.masqueradeAll               BOOL
+nodeport-addresses                 nodePortAddresses                    CIDR,...
+oom-score-adj                      oomScoreAdj                          N
+pod-bridge-interface               detectLocal.bridgeInterface          DEVICE
+pod-interface-name-prefix          detectLocal.interfaceNamePrefix      PREFIX
+profiling                          enableProfiling                      BOOL
+proxy-mode                         mode                                 MODE
+proxy-port-range                   portRange                            A-B
+show-hidden-metrics-for-version    showHiddenMetricsForVersion          X.Y
+udp-timeout                        udpIdleTimeout                       DURATION
+v                                  logging.verbosity                    N
+vmodule                            logging.vmodule                      FILE=N,...
+"""
+FLAGS = tuple(Flag(*line.split()) for line in _TABLE.strip().splitlines())
 
 # kube-proxy's flags that ask for another job than running, and what does that here.
 OTHER_JOBS = {
@@ -174,7 +188,7 @@ def add(parser: argparse.ArgumentParser) -> None:
             type=flag.type,
             nargs="?" if flag.type is boolean else None,
             const=True if flag.type is boolean else None,
-            metavar="BOOL" if flag.type is boolean else flag.metavar,
+            metavar=flag.kind,
             help=f"field {flag.field}",
         )
     for name, host, dest in (

@@ -55,7 +55,7 @@ def test_every_flag_sets_a_field_that_exists() -> None:
     values = {kube_proxy_flags.boolean: True, kube_proxy_flags.switches: {"A": True}, int: 14, float: 5.0}
     texts = {"DURATION": "30s", "MODE": "ClusterCIDR", "NAME": "rr", "IP": "::1", "text|json": "json"}
     for flag in kube_proxy_flags.FLAGS:
-        value: Any = values.get(flag.type, texts.get(flag.metavar, ""))
+        value: Any = values.get(flag.type, texts.get(flag.kind, ""))
         if flag.type is kube_proxy_flags.strings:
             value = ["10.0.0.0/8"]
         config.load(None, {flag.field: "auto" if flag.field == "mode" else value})
