@@ -6,19 +6,20 @@ and nothing is installed: packages are unpacked into the folder where the build 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-DEBIAN = "http://deb.debian.org/debian"
+from rig.packages import DEBIAN, Archive, UnavailableError, cache_directory, kept, need, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Binaries", "UnavailableError", "binaries"]
+
 SUITE = "bookworm"
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-PACKAGES = ("etcd-server", "golang-1.19-go", "golang-1.19-src", "golang-github-modern-go-reflect2-dev")
+PACKAGES = ["etcd-server", "golang-1.19-go", "golang-1.19-src", "golang-github-modern-go-reflect2-dev"]
 TOOLS = {
     "apt-get": "apt",
     "dpkg": "dpkg",
@@ -26,16 +27,11 @@ TOOLS = {
     "openssl": "openssl",
     "patch": "patch",
 }
-DOWNLOAD_TIMEOUT_S = 600
 BUILD_TIMEOUT_S = 3600
 DISK_BYTES = 4 << 30  # while it is built
 
 TREE = "k8s.io/kubernetes"
 OPENAPI_TAG = re.compile(rb"\+k8s:openapi-gen=")
-
-
-class UnavailableError(Exception):
-    """There is no API server here; the message says why."""
 
 
 class Binaries(NamedTuple):
@@ -45,77 +41,32 @@ class Binaries(NamedTuple):
     etcd: Path
 
 
-def cache_directory() -> Path:
-    """Return where what was built is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebpfproxy" / "kube"
-
-
 def binaries() -> Binaries:
     """Return the binaries, built unless they are in the cache.
 
     Raises:
         UnavailableError: they can't be built here.
     """
-    directory = cache_directory() / "1.20.2"
-    found = Binaries(directory / "kube-apiserver", directory / "etcd")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_name("lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two may want the same
-        if not directory.exists():
-            _check()
-            with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-                work = Path(temporary)
-                _download(work)
-                _build(work)
-                (work / "result").rename(directory)
-    return found
+    directory = kept(cache_directory("kube") / "1.20.2", _make)
+    return Binaries(directory / "kube-apiserver", directory / "etcd")
 
 
-def _check() -> None:
-    for tool, package in TOOLS.items():
-        if not shutil.which(tool):
-            raise UnavailableError(f"there is no {tool} here: apt-get install {package}")
+def _make(work: Path) -> Path:
+    """Build below ``work`` and return where the binaries are."""
+    need(TOOLS)
     machine = os.uname().machine
     if machine != "x86_64":
         raise UnavailableError(f"the build is for x86_64, this machine is {machine}")
-    if not KEYRING.exists():
-        raise UnavailableError(f"there is no {KEYRING} here: apt-get install debian-archive-keyring")
-    if shutil.disk_usage(cache_directory()).free < DISK_BYTES:
-        raise UnavailableError(f"the build needs {DISK_BYTES >> 30} GB in {cache_directory()}")
+    if shutil.disk_usage(work).free < DISK_BYTES:
+        raise UnavailableError(f"the build needs {DISK_BYTES >> 30} GB in {work.parent}")
+    archive = Archive(DEBIAN, SUITE, work, has_sources=True)
+    archive.unpack(PACKAGES, work / "root")
+    archive.unpack_source("kubernetes", work / "gopath/src" / TREE)
+    return _build(work)
 
 
-def _download(work: Path) -> None:
-    """Unpack the tools into ``work/root`` and the sources into a GOPATH tree below ``work``."""
-    sources = work / "sources.list"
-    where = f"[signed-by={KEYRING}] {DEBIAN} {SUITE} main\n"
-    sources.write_text(f"deb {where}deb-src {where}")
-    for directory in ("state/lists/partial", "cache/archives/partial", "packages"):
-        (work / directory).mkdir(parents=True)
-    own = {
-        "Dir::Etc::SourceList": sources,
-        "Dir::Etc::SourceParts": "-",
-        "Dir::Etc::PreferencesParts": "-",
-        "Dir::State": work / "state",
-        "Dir::State::status": "/dev/null",
-        "Dir::Cache": work / "cache",
-        "APT::Architecture": "amd64",
-        "APT::Sandbox::User": "root",
-    }
-    options = [f"--option={name}={value}" for name, value in own.items()]
-    packages = work / "packages"
-    _run(["apt-get", *options, "--quiet=2", "--error-on=any", "update"], packages)
-    _run(["apt-get", *options, "--quiet=2", "download", *PACKAGES], packages)
-    _run(["apt-get", *options, "--quiet=2", "--download-only", "source", "kubernetes"], packages)
-    for package in packages.glob("*.deb"):
-        _run(["dpkg", "--extract", package, work / "root"], packages)
-    tree = work / "gopath/src" / TREE
-    tree.parent.mkdir(parents=True)
-    (source,) = packages.glob("kubernetes_*.dsc")
-    _run(["dpkg-source", "--no-check", "--quiet", "--extract", source, tree], packages)
-
-
-def _build(work: Path) -> None:
-    """Put the binaries into ``work/result``."""
+def _build(work: Path) -> Path:
+    """Put the binaries into ``work/result``, and return that."""
     tree = work / "gopath/src" / TREE
     # The vendored version (1.0.1) panics with the maps of Go 1.18 and later.
     reflect2 = "github.com/modern-go/reflect2"
@@ -134,7 +85,11 @@ def _build(work: Path) -> None:
     }
     compile_ = ["nice", str(go / "bin/go"), "build", "-trimpath", "-ldflags=-s -w", "-o"]
     generator = work / "openapi-gen"
-    _run([*compile_, generator, "./vendor/k8s.io/kube-openapi/cmd/openapi-gen"], tree, environment)
+
+    def do(*command: str | Path) -> None:
+        run([*command], tree, environment, BUILD_TIMEOUT_S)
+
+    do(*compile_, generator, "./vendor/k8s.io/kube-openapi/cmd/openapi-gen")
     # The one generated file that the source archive leaves out.
     generate = {
         "--go-header-file": "vendor/k8s.io/code-generator/hack/boilerplate.go.txt",
@@ -144,12 +99,13 @@ def _build(work: Path) -> None:
         "--report-filename": work / "violations",
         "--output-base": work / "gopath/src",
     }
-    _run([generator, *(f"{flag}={value}" for flag, value in generate.items())], tree, environment)
+    do(generator, *(f"{flag}={value}" for flag, value in generate.items()))
     result = work / "result"
     result.mkdir()
-    _run([*compile_, result / "kube-apiserver", "./cmd/kube-apiserver"], tree, environment)
+    do(*compile_, result / "kube-apiserver", "./cmd/kube-apiserver")
     shutil.copy2(work / "root/usr/bin/etcd", result)
     result.chmod(0o755)
+    return result
 
 
 def _openapi_packages(tree: Path) -> list[str]:
@@ -167,22 +123,3 @@ def _openapi_packages(tree: Path) -> list[str]:
         if OPENAPI_TAG.search(file.read_bytes())
     }
     return sorted(found)
-
-
-def _run(command: list[str | Path], directory: Path, environment: dict[str, str] | None = None) -> None:
-    name = Path(command[0]).name
-    timeout_s = BUILD_TIMEOUT_S if environment else DOWNLOAD_TIMEOUT_S
-    try:
-        result = subprocess.run(
-            command,
-            cwd=directory,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnavailableError(f"{name}: not done after {timeout_s} s") from error
-    if result.returncode:
-        raise UnavailableError(f"{name} failed: {result.stderr.strip()[-2000:]}")
