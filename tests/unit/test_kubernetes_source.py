@@ -1,10 +1,11 @@
-"""The Kubernetes source against a scripted API server: real HTTP, real threads. No time is asserted."""
+"""The Kubernetes source against a scripted API server: real HTTP, real threads; no upper limit of a time."""
 
 from __future__ import annotations
 
 import json
 import queue
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -508,6 +509,35 @@ def test_refusals_are_named_and_tried_again(
         server.refuse = lambda _: None
         follower.until_synced()
         follower.until(lambda: follower.problems == ())
+
+
+@pytest.mark.parametrize(
+    ("failures", "longest_s"), [(1, 0.2), (2, 0.4), (3, 0.8), (8, 25.6), (9, 30), (999, 30)]
+)
+def test_waits_grow_and_half_of_each_is_chance(
+    failures: int, longest_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the short waits of the other tests
+    waits = [reflector.backoff_s(failures) for _ in range(500)]
+    assert longest_s / 2 <= min(waits) < longest_s * 0.6
+    assert longest_s * 0.9 < max(waits) <= longest_s
+
+
+def test_a_server_that_asks_to_be_left_alone_is(server: ApiServer) -> None:
+    busy = Refusal(429, "TooManyRequests", "slow down")
+    busy.status["details"] = {"retryAfterSeconds": 1}
+    asked: list[float] = []
+
+    def refuse(request: Request) -> Refusal | None:
+        if request.path != SERVICES or request.is_watch:
+            return None
+        asked.append(time.monotonic())
+        return busy if len(asked) == 1 else None
+
+    server.refuse = refuse
+    with following(server) as follower:
+        follower.until_synced()
+    assert asked[1] - asked[0] >= 1
 
 
 def test_the_second_server_is_asked_when_the_first_is_away(model: ApiModel) -> None:
