@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ebpfproxy import netlink
+from ebpfproxy.diff import Delta
 from ebpfproxy.errors import DataplaneError
-from ebpfproxy.xtables.chains import BUILT_IN, TABLES, source, target
+from ebpfproxy.xtables import chains
+from ebpfproxy.xtables.chains import BUILT_IN, TABLES, Chain, source, target
 from ebpfproxy.xtables.names import is_of_service
 from ebpfproxy.xtables.tool import VARIANTS, Tool, can_read
 
@@ -71,8 +73,6 @@ _SETS = frozenset(
     )
 )
 _IPVS_PROTOCOLS = {"-t": "TCP", "-u": "UDP", "--sctp-service": "SCTP"}
-# iptables-nft-restore takes a time that grows with the square of the chains in one COMMIT (seen in 1.8.9).
-_BLOCK = 250
 
 
 # --- pure: what to remove ----------------------------------------------------------------------------
@@ -92,38 +92,16 @@ def removal(saved: Mapping[str, Saved]) -> Removal:
     A chain that a chain of somebody else jumps to stays, with all that it leads to: CNI's portmap may be told
     to use KUBE-MARK-MASQ.
     """
-    text, gone, kept = "", [], []
+    doomed: list[Chain] = []
+    kept = []
     for table, found in saved.items():
         ours = {name for name in found.chains if name in _CHAINS.get(table, ()) or is_of_service(name)}
         users = _users(ours, found.rules)
-        ours -= users.keys()
+        doomed += [Chain(table, name) for name in sorted(ours - users.keys())]
         kept += [f"{table} {name} (used by {users[name]})" for name in sorted(users)]
-        gone += [f"{table} {name}" for name in sorted(ours)]
-        jumps = [rule for rule in found.rules if source(rule) in BUILT_IN and target(rule) in ours]
-        text += _sections(table, [f"-D{rule[2:]}" for rule in jumps], sorted(ours, key=is_of_service))
-    return Removal(text, tuple(gone), tuple(kept))
-
-
-def _sections(table: str, jumps: list[str], chains: list[str]) -> str:
-    """Return the transactions that empty chains and take them away; those of Services stand last.
-
-    Nothing leads to a chain any more when it goes: the jumps and the common chains come first, and all are
-    empty before the first is deleted.
-    """
-    if not chains:
-        return ""
-    flushed = [f":{name} - [0:0]" for name in chains]
-    deleted = [f"-X {name}" for name in chains]
-    if len(chains) <= _BLOCK:
-        return _section(table, [*flushed, *jumps, *deleted])
-    parts = [[*flushed[:_BLOCK], *jumps]]
-    parts += [flushed[at : at + _BLOCK] for at in range(_BLOCK, len(flushed), _BLOCK)]
-    parts += [deleted[at : at + _BLOCK] for at in range(0, len(deleted), _BLOCK)]
-    return "".join(_section(table, each) for each in parts)
-
-
-def _section(table: str, lines: list[str]) -> str:
-    return "\n".join([f"*{table}", *lines, "COMMIT", ""])
+    plan = chains.removal(saved, doomed)
+    text = chains.transaction(Delta({}, plan.chains), removals=plan.rules, block=chains.BLOCK)
+    return Removal(text, tuple(f"{table} {name}" for table, name in doomed), tuple(kept))
 
 
 def _users(ours: set[str], rules: Sequence[str]) -> dict[str, str]:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ebpfproxy.diff import Delta
 
+T = TypeVar("T")
 Rules = tuple[str, ...]
 
 TABLES = ("mangle", "filter", "nat")  # filter before nat, as kube-proxy writes them
-
-
+#: Of ``transaction``: iptables-nft-restore takes a time that grows with the square of the chains in one
+#: COMMIT (seen in 1.8.9).
+BLOCK = 250
 #: The kernel's own chains.
 BUILT_IN = frozenset(("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"))
 
@@ -127,7 +129,8 @@ def transaction(
 
     A chain that is only named is emptied first, so a chain to delete is named too. Every table is changed at
     once or not at all, unless there are more chains than ``block``: then those come first that lead to no
-    other, and those last that lead to them, so that whatever is reached is complete at every moment.
+    other, and those last that lead to them, so that whatever is reached is complete at every moment. What
+    goes is emptied, all of it, before any of it is deleted: no chain goes that another leads to.
 
     Args:
         delta: chains to write, and chains to delete.
@@ -154,7 +157,10 @@ def transaction(
             text for some in _split(leaves, block) for text in _block(table, some, delta.upsert, (), ())
         ]
         parts += _block(table, [each for each in written if _depth(each) == _TOP], delta.upsert, first, ())
-        parts += [text for some in _split(deleted, block) for text in _block(table, (), {}, (), some)]
+        for some in _split(deleted, block):
+            parts += _block(table, some, dict.fromkeys(some, ()), (), ())
+        for lines in _split([f"-X {name}\n" for _, name in deleted], block):
+            parts += _block(table, (), {}, lines, ())
     return "".join(parts)
 
 
@@ -177,8 +183,8 @@ def _block(
     ]
 
 
-def _split(chains: Sequence[Chain], size: int) -> Iterator[Sequence[Chain]]:
-    return (chains[at : at + size] for at in range(0, len(chains), size))
+def _split(many: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (many[at : at + size] for at in range(0, len(many), size))
 
 
 # A chain leads to those before it here only; all others are at the top.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ebpfproxy.diff import Delta
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.xtables import names
-from ebpfproxy.xtables.chains import TABLES, Chain, removal, transaction
+from ebpfproxy.xtables.chains import BLOCK, TABLES, Chain, removal, transaction
 from ebpfproxy.xtables.programmer import owner
 from ebpfproxy.xtables.tool import VARIANTS, Tool, can_read
 
@@ -37,7 +37,9 @@ def remove(mode: str) -> list[str]:
                 continue
             saved = {table: tool.save(table) for table in TABLES}
             plan = plan_for(saved)
-            text = transaction(Delta(dict.fromkeys(plan.kept, ()), plan.chains), removals=plan.rules)
+            text = transaction(
+                Delta(dict.fromkeys(plan.kept, ()), plan.chains), removals=plan.rules, block=BLOCK
+            )
             if not text:
                 continue
             try:

@@ -10,6 +10,7 @@ from ebpfproxy.diff import Delta, diff
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.xtables import names
 from ebpfproxy.xtables.chains import (
+    BLOCK,
     TABLES,
     Chain,
     Edit,
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CANARIES = tuple(Chain(table, names.CANARY) for table in TABLES)
-# iptables-nft-restore takes a time that grows with the square of the chains in one COMMIT (seen in 1.8.9).
-_BLOCK = {"nft": 250, "legacy": 0}
+_BLOCK = {"nft": BLOCK, "legacy": 0}
 # What the kernel holds from before is in the tool's words, which are not ours: it differs from all we want.
 _UNKNOWN: Rules = ("?",)
 

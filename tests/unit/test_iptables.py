@@ -294,7 +294,23 @@ class TestTransaction:
             *["EXT"] * 3,
             *["FW"] * 3,
         ]
-        assert kinds[3:] == [["SERVICES"], ["SEP", "SVC"]]
+        assert kinds[3:] == [["SERVICES"], ["SEP", "SVC"], []], "what goes is emptied, then deleted"
+        assert [line for line in blocks[-1] if line.startswith("KUBE")] == ["KUBE-SEP-A", "KUBE-SVC-B"]
+
+    def test_no_chain_goes_that_another_leads_to(self) -> None:
+        """Played through, as the kernel refuses it."""
+        leads = {f"KUBE-{kind}-{n}": f"KUBE-{to}-{n}" for n in range(6) for kind, to in
+                 (("EXT", "SVC"), ("SVC", "SEP"))}  # fmt: skip
+        names = sorted({*leads, *leads.values()})
+        for line in transaction(Delta({}, [Chain("nat", name) for name in names]), block=4).splitlines():
+            if line.startswith(":"):
+                leads.pop(line.split()[0][1:], None)
+            elif line.startswith("-X"):
+                name = line.split()[1]
+                assert name not in leads
+                assert name not in leads.values()
+                names.remove(name)
+        assert not names
 
     def test_nothing_to_do(self) -> None:
         assert transaction(Delta({}, [])) == ""
