@@ -37,6 +37,7 @@ from scapy.packet import raw
 from benchmarks.figures import spread
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
+from ebpfproxy.dataplane.bpf.features import program_features
 from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import Tables
 from ebpfproxy.libbpf import XDP_NATIVE, Link, Program, ffi, lib
@@ -151,7 +152,11 @@ class Bench:
             LoadOptions(
                 self.directory,
                 objects=("xdp_lb",),
-                config={"snat_port_min": SNAT_PORTS[0], "snat_port_max": SNAT_PORTS[1]},
+                config={
+                    "snat_port_min": SNAT_PORTS[0],
+                    "snat_port_max": SNAT_PORTS[1],
+                    "features": program_features(),
+                },
             )
         )
         maps = self.loaded.maps

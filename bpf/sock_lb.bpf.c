@@ -110,7 +110,7 @@ static __always_inline void make_request(void *ctx, const struct call *call,
 static __always_inline enum verdict choose(void *ctx, const struct call *call,
 					   const struct service *service, struct socket_flow *flow)
 {
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = now_ns();
 	struct request request;
 	struct backend *backend;
 	__u32 id;
@@ -172,7 +172,7 @@ static __always_inline enum verdict send_datagram(void *ctx, struct call *call)
 	verdict = find_call_service(ctx, call, &service);
 	if (verdict || !service)
 		return verdict;
-	known = known_peer(call, service->id, bpf_ktime_get_ns());
+	known = known_peer(call, service->id, now_ns());
 	if (known) {
 		flow = *known;
 		/* One backend behind two VIPs: its answers show the VIP that was asked last. */
@@ -212,7 +212,7 @@ static __always_inline enum verdict receive_datagram(struct call *call)
 	flow = map_lookup(sockets, &key);
 	if (!flow)
 		return VERDICT_NOT_OURS;
-	touch_pair(call->cookie, flow, bpf_ktime_get_ns());
+	touch_pair(call->cookie, flow, now_ns());
 	call->addr = flow->vip;
 	call->port = flow->vip_port;
 	return VERDICT_REPLY;
@@ -270,7 +270,7 @@ int sock_watch(struct bpf_sock_ops *ops)
 	case BPF_SOCK_OPS_RTO_CB:
 		/* Its SYN was not answered in time. */
 		if (ops->state == BPF_TCP_SYN_SENT)
-			note_failure(service, backend, bpf_ktime_get_ns());
+			note_failure(service, backend, now_ns());
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ops->args[0] != BPF_TCP_SYN_SENT)
@@ -278,7 +278,7 @@ int sock_watch(struct bpf_sock_ops *ops)
 		if (ops->args[1] == BPF_TCP_ESTABLISHED)
 			note_success(backend);
 		else
-			note_failure(service, backend, bpf_ktime_get_ns());
+			note_failure(service, backend, now_ns());
 		bpf_sock_ops_cb_flags_set(ops, 0);
 		break;
 	}

@@ -124,7 +124,7 @@ static __always_inline enum verdict translate(struct __sk_buff *skb, struct scra
 		.can_forward = !skb->vlan_present,
 	};
 	struct packet *packet = &room->packet;
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = now_ns();
 	bool is_forwarded = false;
 	struct flow *flow = NULL;
 	enum verdict verdict, problem;
@@ -188,12 +188,12 @@ static __always_inline enum verdict restore(struct __sk_buff *skb, struct scratc
 	if (is_related)
 		return rewrite_error(skb, room, flow) ? VERDICT_RELATED : VERDICT_REWRITE_FAILED;
 	if (packet->fragment == FRAGMENT_FIRST)
-		note_first(packet, bpf_ktime_get_ns());
+		note_first(packet, now_ns());
 	if (is_bypass(packet, flow)) {
 		remove_flow(room, flow);
 		return VERDICT_NOT_OURS;
 	}
-	note_packet(room, flow, is_new, bpf_ktime_get_ns());
+	note_packet(room, flow, is_new, now_ns());
 	count_packet(packet, flow);
 	return rewrite(skb, room, flow) ? VERDICT_REPLY : VERDICT_REWRITE_FAILED;
 }

@@ -53,13 +53,13 @@ static __always_inline enum verdict find(struct xdp_md *ctx, struct origin *orig
 		l4 = read_inside(ctx, packet);
 		if (!l4 || ip_size(packet) > size || !read_ports(ctx, packet, l4))
 			return VERDICT_CONTINUE;
-		*now = bpf_ktime_get_ns();
+		*now = now_ns();
 		return track_received(origin, *now, flow);
 	}
 	vip = map_lookup(vips, &packet->flow.dst);
 	if (!vip || !read_ports(ctx, packet, l4))
 		return VERDICT_CONTINUE;
-	*now = bpf_ktime_get_ns();
+	*now = now_ns();
 	return track(origin, vip->kinds, *now, flow);
 }
 

@@ -34,6 +34,7 @@ struct addr {
 /* What this kernel has beyond 5.10; bits of struct config.features. An absent bit drops the code that needs it. */
 enum feature {
 	FEATURE_SET_RETVAL = 1,		/* bpf_set_retval in cgroup programs, 5.18: errno of our choice, else EPERM */
+	FEATURE_COARSE_CLOCK = 2,	/* bpf_ktime_get_coarse_ns, 5.11: the time of the last tick, else the exact one */
 };
 
 /* Load-time constants. Lives in .rodata (libbpf) or in the source text (bcc). */

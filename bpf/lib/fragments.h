@@ -48,7 +48,7 @@ static __always_inline enum verdict follow_first(struct packet *packet)
 
 	make_fragment_key(packet, &key);
 	first = map_lookup(fragments, &key);
-	if (!first || bpf_ktime_get_ns() - first->seen_ns >= FRAGMENT_LIFE_NS)
+	if (!first || since(first->seen_ns, now_ns()) >= (__s64)FRAGMENT_LIFE_NS)
 		return VERDICT_FRAGMENT;
 	packet->flow.sport = first->sport;
 	packet->flow.dport = first->dport;

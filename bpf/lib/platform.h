@@ -107,13 +107,15 @@ static __s64 (*helper_csum_diff)(__be32 *from, __u32 from_size, __be32 *to, __u3
 				 __wsum seed) = (void *)BPF_FUNC_csum_diff;
 /* BPF_FUNC_set_retval: newer than many headers */
 static long (*helper_set_retval)(int retval) = (void *)187;
+static __u64 (*helper_ktime_coarse)(void) = (void *)160; /* BPF_FUNC_ktime_get_coarse_ns */
 static long (*helper_redirect_neigh)(__u32 device, void *params, int size,
 				     __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
-#define bpf_redirect_neigh    helper_redirect_neigh
-#define bpf_get_socket_cookie helper_socket_cookie
-#define bpf_get_netns_cookie  helper_netns_cookie
-#define bpf_csum_diff	      helper_csum_diff
-#define bpf_set_retval	      helper_set_retval
+#define bpf_redirect_neigh	helper_redirect_neigh
+#define bpf_ktime_get_coarse_ns helper_ktime_coarse
+#define bpf_get_socket_cookie	helper_socket_cookie
+#define bpf_get_netns_cookie	helper_netns_cookie
+#define bpf_csum_diff		helper_csum_diff
+#define bpf_set_retval		helper_set_retval
 
 /* BCC's own are functions, which initialisers of static data can't use. Little endian, as BCC's. */
 #define bpf_htons(x) ((__be16)__builtin_bswap16((__u16)(x)))
@@ -147,5 +149,14 @@ static long (*helper_redirect_neigh)(__u32 device, void *params, int size,
 const volatile struct config config = {.abi = ABI_VERSION, .stamp = STAMP};
 
 #endif
+
+/* CLOCK_MONOTONIC. Nothing here is as short as a tick of the kernel, and the exact time takes a fifth of what a packet
+ * of an established flow does.
+ */
+static __always_inline __u64 now_ns(void)
+{
+	return config.features & FEATURE_COARSE_CLOCK ? bpf_ktime_get_coarse_ns()
+						      : bpf_ktime_get_ns();
+}
 
 #endif /* EBPFPROXY_PLATFORM_H */

@@ -51,7 +51,8 @@ CONFIG = {
     "udp_idle_ns": UDP_IDLE_S * SECOND_NS,
     "snat_port_min": SNAT_PORTS[0],
     "snat_port_max": SNAT_PORTS[1],
-    "features": lib.FEATURE_SET_RETVAL if kernel.is_since(5, 18) else 0,
+    "features": (lib.FEATURE_SET_RETVAL if kernel.is_since(5, 18) else 0)
+    | (lib.FEATURE_COARSE_CLOCK if kernel.is_since(5, 11) else 0),
 }
 
 

@@ -13,14 +13,13 @@ from ebpfproxy import netlink, sockdiag
 from ebpfproxy.dataplane.bpf import plan
 from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
 from ebpfproxy.dataplane.bpf.epochs import HopWatch
-from ebpfproxy.dataplane.bpf.features import BPF_FUNC_SET_RETVAL, usable
+from ebpfproxy.dataplane.bpf.features import program_features, usable
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.read import read_tables
 from ebpfproxy.dataplane.bpf.tables import Tables
 from ebpfproxy.dataplane.bpf.xdp import PROGRAM, XdpAttachments
 from ebpfproxy.errors import DataplaneError, KernelError, LoadError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import lib
-from ebpfproxy.libbpf.probes import has_helper
 from ebpfproxy.loader import Loaded, LoadOptions, choose
 from ebpfproxy.model.services import DesiredState, Protocol, Service
 
@@ -82,10 +81,8 @@ class BpfDataplane:
         """
         options = self.options
         self._root.mkdir(parents=True, exist_ok=True)
-        features = 0
-        if has_helper(lib.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_FUNC_SET_RETVAL):
-            features |= lib.FEATURE_SET_RETVAL
-        else:
+        features = program_features()
+        if not features & lib.FEATURE_SET_RETVAL:
             self.problems.append(
                 "connect() to a Service without backends fails with EPERM instead of ECONNREFUSED: "
                 "this kernel lacks bpf_set_retval (Linux 5.18)"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: enum bpf_func_id, uapi/linux/bpf.h.
 BPF_FUNC_GET_NETNS_COOKIE = 122
+BPF_FUNC_KTIME_GET_COARSE_NS = 160
 BPF_FUNC_SET_RETVAL = 187
 
 _SOCK_ADDR, _SOCK = lib.BPF_PROG_TYPE_CGROUP_SOCK_ADDR, lib.BPF_PROG_TYPE_CGROUP_SOCK
@@ -50,6 +51,15 @@ def _feature(name: str, ok: bool, since: str, needed_for: str, without: str = ""
     """Return a feature; one without ``without`` is required."""
     missing = without or "the BPF dataplane can't run"
     return Feature(name, ok, not without, since, needed_for, found if ok else missing)
+
+
+def program_features() -> int:
+    """Return what this kernel has that programs use where they can: bits of ``enum feature``."""
+    helpers = {
+        lib.FEATURE_SET_RETVAL: BPF_FUNC_SET_RETVAL,
+        lib.FEATURE_COARSE_CLOCK: BPF_FUNC_KTIME_GET_COARSE_NS,
+    }
+    return sum(bit for bit, helper in helpers.items() if probes.has_helper(_SOCK_ADDR, helper))
 
 
 def privileges() -> str | None:
@@ -94,6 +104,13 @@ def probe() -> list[Feature]:
             "5.18",
             "ECONNREFUSED from connect() to a Service without backends",
             "connect() fails with EPERM instead",
+        ),
+        _feature(
+            "bpf_ktime_get_coarse_ns",
+            probes.has_helper(_SOCK_ADDR, BPF_FUNC_KTIME_GET_COARSE_NS),
+            "5.11",
+            "the time at the price of a memory access",
+            "each packet asks for the exact time, which takes longer",
         ),
         _feature(
             "tcx links",
