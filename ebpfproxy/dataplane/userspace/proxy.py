@@ -79,7 +79,7 @@ class Proxy:
         """Work until everything has ended."""
         loop = self._hub.loop
         loop.add_signal_handler(signal.SIGTERM, self._drain)
-        self._heirlooms = self._take_over()
+        self._take_over()
         self._control = self._listen()
         self._keep(loop.create_task(self._accept(self._control)))
         while not self._ended.is_set():
@@ -282,11 +282,15 @@ class Proxy:
         self._close_control()
         _log.info("another process listens; %d connections go on here", len(self._hub.connections))
 
-    def _take_over(self) -> dict[str, socket.socket]:
-        """Return the listening sockets of the proxy that runs; none if none runs, or we differ too much."""
+    def _take_over(self) -> None:
+        """Serve what the proxy that runs does, on its sockets; not if none runs, or we differ too much.
+
+        At once, not when the agent says so: it may wait for its Services, as while the API server is away.
+        """
         try:
             with protocol.connect(self._path, _TAKE_OVER_S) as connection:
-                protocol.receive(connection)
+                hello = protocol.receive(connection)
+                assert isinstance(hello, Hello)
                 connection.sendall(protocol.encode(HandOver()))
                 heritage = protocol.receive(connection)
                 assert isinstance(heritage, Heritage)
@@ -296,15 +300,18 @@ class Proxy:
                     if not fds:
                         raise EOFError
                     sockets += [socket.socket(fileno=fd) for fd in fds]
-                for sock in sockets:
-                    sock.setblocking(False)
         except (FileNotFoundError, ConnectionRefusedError):
-            return {}
+            return
         except (OSError, EOFError, msgspec.DecodeError) as error:
             _log.warning("take over from the proxy that runs: %s; its ports are opened anew", error)
-            return {}
+            return
+        for sock in sockets:
+            sock.setblocking(False)
         self._inherit_affinity(heritage)
-        return dict(zip(heritage.listeners, sockets, strict=True))
+        self._heirlooms = dict(zip(heritage.listeners, sockets, strict=True))
+        done = self._update(Update(hello.settings, hello.services, hello.listeners))
+        for problem in done.problems.values():
+            _log.warning(problem)
 
     def _inherit_affinity(self, heritage: Heritage) -> None:
         now = self._hub.loop.time()
