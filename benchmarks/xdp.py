@@ -313,10 +313,9 @@ class Bench:
         return median, low, high
 
     def _durations(self, program: Program, packets: list[bytes], action: int) -> Iterator[int]:
-        for each in packets:
-            result = program.run(each, ifindex=self.device)
-            assert result.retval == action
-            yield result.duration_ns
+        for result, took_ns in program.time_each(packets, ifindex=self.device):
+            assert result == action
+            yield took_ns
 
 
 def _replace(packet: bytearray, at: int, new: bytes, sums: Sequence[int]) -> None:

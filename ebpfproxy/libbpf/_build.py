@@ -123,6 +123,7 @@ int glue_map_update_batch(int fd, const void *keys, const void *values, __u32 *c
 int glue_link_create(int prog_fd, int target, __u32 attach_type, __u32 flags);
 int glue_link_info(int fd, struct glue_link_info *info);
 int glue_run(int prog_fd, struct glue_run *run);
+int glue_run_each(int prog_fd, struct glue_run *run, __u32 count, __u32 *retvals, __u32 *durations_ns);
 int glue_load_trivial(__u32 type, __u32 flags, __s32 result);
 int glue_probe_helper(__u32 type, __u32 attach_type, __u32 helper);
 void *glue_variable(struct bpf_object *object, const char *name, __u32 *size);

@@ -12,6 +12,8 @@ from ebpfproxy.libbpf.descriptor import Descriptor
 from ebpfproxy.libbpf.errors import check, kernel_error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     Path = str | os.PathLike[str]
 
 # enum bpf_attach_type of Linux 6.6; older headers lack them.
@@ -96,24 +98,52 @@ class Program(Descriptor):
             repeat: run so often on the same packet, for timing.
             ctx: the whole context (struct __sk_buff, say), instead of ``ifindex``.
         """
-        if ctx is None and ifindex and self.type == lib.BPF_PROG_TYPE_XDP:
+        call = _Run(data, len(data), self._context(len(data), ifindex) if ctx is None else ctx)
+        call.run.repeat = repeat
+        check(lib.glue_run(self.fd, call.run), f"run program {self.name} on {len(data)} bytes")
+        return RunResult(
+            call.run.retval, bytes(ffi.buffer(call.out, call.run.data_out_size)), call.run.duration_ns
+        )
+
+    def time_each(self, frames: Sequence[bytes], *, ifindex: int = 0) -> list[tuple[int, int]]:
+        """Run the program once on each frame, one straight after the other; return results and nanoseconds.
+
+        Args:
+            frames: all of the same size.
+            ifindex: as for ``run``.
+        """
+        size, count = len(frames[0]), len(frames)
+        call = _Run(b"".join(frames), size, self._context(size, ifindex))
+        results, took_ns = ffi.new("__u32[]", count), ffi.new("__u32[]", count)
+        what = f"run program {self.name} on {count} frames of {size} bytes"
+        check(lib.glue_run_each(self.fd, call.run, count, results, took_ns), what)
+        return list(zip(results, took_ns, strict=True))
+
+    def _context(self, size: int, ifindex: int) -> bytes:
+        """Return the context of a frame that comes from a device; empty: the kernel's choice."""
+        if not ifindex:
+            return b""
+        if self.type == lib.BPF_PROG_TYPE_XDP:
             frame = ffi.new("struct xdp_md *")
-            frame.ingress_ifindex, frame.data_end = ifindex, len(data)
-            ctx = bytes(ffi.buffer(frame))
-        elif ctx is None and ifindex:
-            skb = ffi.new("struct __sk_buff *")
-            skb.ifindex = ifindex
-            ctx = bytes(ffi.buffer(skb))
-        out = ffi.new("char[]", len(data) + GROWTH_BYTES)
-        data_in, ctx_in = ffi.from_buffer(data), ffi.from_buffer(ctx or b"")
-        run = ffi.new("struct glue_run *")
-        run.data_in, run.data_in_size = data_in, len(data)
-        run.data_out, run.data_out_size = out, len(out)
+            frame.ingress_ifindex, frame.data_end = ifindex, size
+            return bytes(ffi.buffer(frame))
+        skb = ffi.new("struct __sk_buff *")
+        skb.ifindex = ifindex
+        return bytes(ffi.buffer(skb))
+
+
+class _Run:
+    """What the kernel is given for runs on frames of ``size`` bytes that stand in ``data``."""
+
+    def __init__(self, data: bytes, size: int, ctx: bytes) -> None:
+        self.out = ffi.new("char[]", size + GROWTH_BYTES)
+        self._keep = ffi.from_buffer(data), ffi.from_buffer(ctx)
+        self.run = ffi.new("struct glue_run *")
+        self.run.data_in, self.run.data_in_size = self._keep[0], size
+        self.run.data_out, self.run.data_out_size = self.out, len(self.out)
         if ctx:
-            run.ctx_in, run.ctx_in_size = ctx_in, len(ctx)
-        run.repeat = repeat
-        check(lib.glue_run(self.fd, run), f"run program {self.name} on {len(data)} bytes")
-        return RunResult(run.retval, bytes(ffi.buffer(out, run.data_out_size)), run.duration_ns)
+            self.run.ctx_in, self.run.ctx_in_size = self._keep[1], len(ctx)
+        self.run.repeat = 1
 
 
 class Link(Descriptor):

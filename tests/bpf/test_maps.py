@@ -358,6 +358,13 @@ class TestProgram:
             result = program.run(frame, repeat=3)
             assert (result.retval, result.data) == (0, frame)
 
+    def test_each_of_several_frames_is_run_once(self) -> None:
+        frames = [bytes([number] * 64) for number in range(5)]
+        with Program(lib.glue_load_trivial(lib.BPF_PROG_TYPE_XDP, 0, 2)) as program:
+            assert [result for result, _ in program.time_each(frames)] == [2] * 5
+            with pytest.raises(KernelError, match="run program probe on 5 frames of 4 bytes"):
+                program.time_each([bytes(4)] * 5)
+
     def test_the_context_reaches_the_program(self, sample: Object) -> None:
         with sample.program("tc_plain") as program, sample.map("plain") as plain:
             # struct __sk_buff: len, pkt_type, mark (uapi/linux/bpf.h)
