@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+import ebpfproxy
 from benchmarks import collector, forward, maglev, state, userspace, xdp
 from benchmarks.figures import percentile, spread
 from rig import leaks
@@ -111,6 +112,7 @@ def starts(options: argparse.Namespace) -> dict[str, Any]:
     """Start the agent on an empty node, and again after it was killed, until its Service is programmed."""
     first: list[float] = []
     again: list[float] = []
+    HERE.run(sys.executable, "-m", "compileall", "-q", Path(ebpfproxy.__file__).parent)  # as pip does
     for _ in range(options.starts):
         with Topology(pod_count=1) as net:
             agent = Agent(net)

@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -793,21 +793,12 @@ def _run(options: Options, settings: Config) -> int:
             recorder.tell if recorder is not None else lambda _: None,
         )
         _handle_signals(agent)
-        # Importing pyroute2 takes as long as the kernel takes to check the programs: do both at once.
-        warm_up = threading.Thread(target=_read_once, args=(network,), daemon=True)
-        warm_up.start()
-        stack.callback(warm_up.join)
         try:
             dataplane.start()  # meanwhile the source reads in its own thread, too
         except BaseException:
             agent.close()
             raise
         return agent.run(once=options.once)
-
-
-def _read_once(network: Network) -> None:
-    with suppress(EbpfproxyError):  # whoever needs the addresses reads them again
-        network.addresses()
 
 
 def _handle_signals(agent: Agent) -> None:

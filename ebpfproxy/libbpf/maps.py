@@ -119,6 +119,14 @@ class Map(Descriptor):
         )
         return cls(check(result, f"create map {definition.name}"), definition)
 
+    @property
+    def id(self) -> int:
+        """The kernel's number for it: no other map's while this one exists."""
+        info = ffi.new("struct bpf_map_info *")
+        size = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
+        check(lib.bpf_obj_get_info_by_fd(self.fd, info, size), f"read information of map {self.name}")
+        return int(info.id)
+
     # ---- one entry ----
 
     def get(self, key: bytes) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +11,7 @@ from ebpfproxy.errors import ConfigError, LoadError, UnsupportedError
 from ebpfproxy.libbpf import STAMP, Object, ffi
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from ebpfproxy.libbpf import Map, Program
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 OBJECTS = Path(__file__).resolve().parents[1] / "objects"
 """Where bpf/Makefile puts compiled and flattened programs."""
+
+LOADERS = {"libbpf": "LibbpfLoader", "bcc": "BccLoader"}
+"""Class by name, which is its module's, too; imported when it is asked for. In the order of auto."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LoadOptions:
     maps_dir: Path  # on a bpffs; made if missing
     config: Mapping[str, int] = field(default_factory=dict)  # fields of struct config; abi and stamp are ours
     sizes: Mapping[str, int] = field(default_factory=dict)  # max_entries by map name
+    programs_dir: Path | None = None  # on a bpffs: programs are kept there for the next run; None: nowhere
     objects: tuple[str, ...] = ("sock_lb", "tc_lb", "xdp_lb")
     directory: Path = OBJECTS
 
@@ -67,10 +72,14 @@ class Loader(Protocol):
     def usable(self) -> str | None:
         """Return why this machine can't use it, None if it can."""
 
-    def load(self, options: LoadOptions) -> Loaded:
+    def load(self, options: LoadOptions, meanwhile: Callable[[], object] = lambda: None) -> Loaded:
         """Make or take over the pinned maps and load the programs.
 
         What an earlier run pinned or attached is untouched if this fails.
+
+        Args:
+            options: what to load.
+            meanwhile: called by this thread while others load programs; only if there is something to load.
 
         Raises:
             LoadError: the kernel refused a program, or a file is missing or of another version.
@@ -88,20 +97,15 @@ def choose(name: str) -> Loader:
     Raises:
         UnsupportedError: it can't be used; the message says why.
     """
-    from ebpfproxy.loader.bcc import BccLoader
-    from ebpfproxy.loader.libbpf import LibbpfLoader
-
-    loaders: list[Loader] = [LibbpfLoader(), BccLoader()]
-    names = [each.name for each in loaders]
-    if name not in {"auto", *names}:
-        raise ConfigError(f"loader {name}: there is none of this name; there are auto, {', '.join(names)}")
+    if name not in {"auto", *LOADERS}:
+        raise ConfigError(f"loader {name}: there is none of this name; there are auto, {', '.join(LOADERS)}")
     reasons = []
-    for each in loaders:
-        if name in {"auto", each.name}:
-            reason = each.usable()
-            if reason is None:
-                return each
-            reasons.append(f"loader {each.name}: {reason}")
+    for each in LOADERS if name == "auto" else [name]:
+        loader: Loader = getattr(import_module(f"ebpfproxy.loader.{each}"), LOADERS[each])()
+        reason = loader.usable()
+        if reason is None:
+            return loader
+        reasons.append(f"loader {each}: {reason}")
     raise UnsupportedError("; ".join(reasons))
 
 

@@ -14,15 +14,17 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebpfproxy.errors import LoadError
 from ebpfproxy.libbpf import STAMP, Object, Program, ffi, lib
 from ebpfproxy.libbpf.objects import log_tail
-from ebpfproxy.loader import Loaded, check_stamp, object_config, pins
+from ebpfproxy.loader import Loaded, check_stamp, kept, object_config, pins
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from types import ModuleType
 
     from ebpfproxy.libbpf import ProgramDefinition
@@ -45,8 +47,8 @@ class BccLoader:
             return "BCC is not installed: `apt-get install python3-bpfcc` (PyPI's bcc is something else)"
         return headers_problem(os.environ)
 
-    def load(self, options: LoadOptions) -> Loaded:
-        """Make or take over the pinned maps, compile and load the programs."""
+    def load(self, options: LoadOptions, meanwhile: Callable[[], object] = lambda: None) -> Loaded:
+        """Make or take over the pinned maps, compile and load the programs, which leaves no time to fill."""
         with ExitStack() as undo:
             objects = [undo.enter_context(Object(path)) for path in options.object_files()]
             for each in objects:
@@ -54,28 +56,47 @@ class BccLoader:
             staged = pins.stage(options.object_files(), options.maps_dir, options.sizes)
             failed = undo.enter_context(ExitStack())
             failed.callback(staged.close)
-            programs: dict[str, Program] = {}
-            pinned = staged.directory / "programs"
-            for each in objects:
-                text = each.path.with_name(each.path.name.replace(".bpf.o", ".bcc.c"))
+            wanted = {source_of(each.path): list(each.programs.values()) for each in objects}
+            for text in wanted:
                 check_stamp(text, text_stamp(text))
-                pinned.mkdir()
-                compile_and_pin(
-                    text,
-                    [
-                        f'-DPIN_DIR="{staged.directory}"',
-                        f"-DCONFIG_INIT={config_initialiser(options.config)}",
-                    ],
-                    list(each.programs.values()),
-                    pinned,
-                )
-                for name, definition in each.programs.items():
-                    programs[name] = Program.open(pinned / name, definition)
-                    failed.callback(programs[name].close)
-                shutil.rmtree(pinned)
+            cflags = [
+                f'-DPIN_DIR="{staged.directory}"',
+                f"-DCONFIG_INIT={config_initialiser(options.config)}",
+            ]
+            parts = [self.name, *cflags, *(text.read_text() for text in wanted)]
+            programs = kept.take_or_load(
+                options.programs_dir,
+                kept.identity(map(str.encode, parts), staged.maps),
+                list(chain.from_iterable(wanted.values())),
+                lambda: compile_all(wanted, cflags, staged.directory / "programs"),
+            )
+            for program in programs.values():
+                failed.callback(program.close)
             staged.commit()
             failed.pop_all()
         return Loaded(staged.maps, programs, self.name, staged)
+
+
+def source_of(path: Path) -> Path:
+    """Return the flattened text of an object file."""
+    return path.with_name(path.name.replace(".bpf.o", ".bcc.c"))
+
+
+def compile_all(
+    wanted: Mapping[Path, list[ProgramDefinition]], cflags: list[str], pinned: Path
+) -> dict[str, Program]:
+    """Compile texts and return the programs that are wanted of each; ``pinned`` is used meanwhile."""
+    found: dict[str, Program] = {}
+    with ExitStack() as undo:
+        for text, definitions in wanted.items():
+            pinned.mkdir()
+            compile_and_pin(text, cflags, definitions, pinned)
+            for each in definitions:
+                found[each.name] = Program.open(pinned / each.name, each)
+                undo.callback(found[each.name].close)
+            shutil.rmtree(pinned)
+        undo.pop_all()
+    return found
 
 
 def find_bcc() -> Path | None:

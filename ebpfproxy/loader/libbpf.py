@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ebpfproxy.libbpf import Object
-from ebpfproxy.loader import OBJECTS, Loaded, object_config, pins
+from ebpfproxy.libbpf import Object, ffi
+from ebpfproxy.loader import OBJECTS, Loaded, kept, object_config, pins
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from ebpfproxy.libbpf import Program
     from ebpfproxy.loader import LoadOptions
 
@@ -24,25 +27,39 @@ class LibbpfLoader:
             return None
         return f"there are no compiled programs in {OBJECTS}; run `make build`"
 
-    def load(self, options: LoadOptions) -> Loaded:
+    def load(self, options: LoadOptions, meanwhile: Callable[[], object] = lambda: None) -> Loaded:
         """Make or take over the pinned maps and load the programs."""
-        programs: dict[str, Program] = {}
         with ExitStack() as undo:
             objects = [undo.enter_context(Object(path)) for path in options.object_files()]
+            parts = [self.name.encode()]
             for each in objects:
                 config = object_config(each)
                 for field, value in options.config.items():
                     setattr(config, field, value)
+                parts += [each.path.read_bytes(), bytes(ffi.buffer(config))]
             staged = pins.stage(options.object_files(), options.maps_dir, options.sizes)
             failed = undo.enter_context(ExitStack())
             failed.callback(staged.close)
             for each in objects:
                 for name in each.maps:
                     each.reuse(name, staged.maps[name])
-                each.load()
-                for name in each.programs:
-                    programs[name] = each.program(name)
-                    failed.callback(programs[name].close)
+            programs = kept.take_or_load(
+                options.programs_dir,
+                kept.identity(parts, staged.maps),
+                [definition for each in objects for definition in each.programs.values()],
+                lambda: load_side_by_side(objects, meanwhile),
+            )
+            for program in programs.values():
+                failed.callback(program.close)
             staged.commit()
             failed.pop_all()
         return Loaded(staged.maps, programs, self.name, staged)
+
+
+def load_side_by_side(objects: Sequence[Object], meanwhile: Callable[[], object]) -> dict[str, Program]:
+    """Load objects whose maps are there, each in a thread: the kernel takes its time to check programs."""
+    with ThreadPoolExecutor(len(objects)) as threads:
+        loading = threads.map(Object.load, objects)
+        meanwhile()
+        list(loading)
+    return {name: each.program(name) for each in objects for name in each.programs}

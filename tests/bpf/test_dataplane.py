@@ -21,7 +21,7 @@ from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
 from ebpfproxy.dataplane.bpf.layouts import U32
 from ebpfproxy.errors import DataplaneError, KernelError, MapFullError
-from ebpfproxy.libbpf import Link, Map
+from ebpfproxy.libbpf import Link, Map, Object
 from ebpfproxy.libbpf.probes import has_tcx
 from ebpfproxy.model.services import (
     Backend,
@@ -137,7 +137,7 @@ WEB = service("web", [A, B], [cluster_ip("10.96.0.1"), node_port(30080)])
 
 class TestLife:
     @both_ways
-    def test_a_restart_swaps_the_programs_inside_the_links_and_changes_nothing_else(
+    def test_other_programs_are_swapped_inside_the_links_and_nothing_else_changes(
         self, options: BpfOptions, inside: Netns, use_tcx: bool
     ) -> None:
         add_device(inside, "v0")
@@ -146,7 +146,7 @@ class TestLife:
             assert (dataplane.problems == []) == is_since(5, 18)
             dataplane.sync(state(WEB))
             before, maps_before = links(options), contents(options)
-        with running(options) as dataplane:
+        with running(replace(options, snat_ports=(2000, 2999))) as dataplane:
             assert contents(options) == maps_before
             dataplane.sync(state(WEB))
             after = links(options)
@@ -158,6 +158,41 @@ class TestLife:
         assert {"sock_connect4", "sock_release"} <= after.keys()
         assert ("tc_ingress@v0" in after) == use_tcx
         assert {"tc_ingress@v0", "tc_egress@v0"} <= on_devices(options).keys()
+
+    @both_ways
+    def test_a_restart_takes_the_programs_that_are_there(
+        self, options: BpfOptions, inside: Netns, use_tcx: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add_device(inside, "v0")
+        options = replace(options, use_tcx=use_tcx)
+        with running(options) as dataplane:
+            dataplane.sync(state(WEB))
+            before, maps_before, devices = links(options), contents(options), on_devices(options)
+        with monkeypatch.context() as patch:
+            patch.setattr(Object, "load", lambda *_, **__: pytest.fail("the kernel checks programs again"))
+            with running(options) as dataplane:
+                dataplane.sync(state(WEB))
+        assert (links(options), contents(options), on_devices(options)) == (before, maps_before, devices)
+
+    def test_programs_that_were_kept_in_part_are_loaded_anew(self, options: BpfOptions) -> None:
+        with running(options):
+            before = links(options)
+        next((options.bpffs / "ebpfproxy/programs").glob("*/tc_egress")).unlink()
+        with running(options):
+            after = links(options)
+        assert before.keys() == after.keys()
+        assert all(after[name][1] != program for name, (_, program) in before.items())
+
+    def test_programs_of_maps_of_another_size_are_others(self, options: BpfOptions) -> None:
+        programs = options.bpffs / "ebpfproxy/programs"
+        with running(options):
+            before = links(options)
+            (kept,) = programs.iterdir()
+        with running(replace(options, sizes={**SMALL, "conntrack": 2 * SMALL["conntrack"]})):
+            after = links(options)
+            (others,) = programs.iterdir()
+        assert kept != others
+        assert all(after[name][1] != program for name, (_, program) in before.items())
 
     def test_another_layout_of_what_is_only_scratch_is_no_obstacle(self, options: BpfOptions) -> None:
         with running(options) as dataplane:
@@ -313,7 +348,7 @@ class TestDevices:
             assert "ebpfproxy_tc_ingress direct-action" in first
             assert "ebpfproxy_tc_egress direct-action" in show("egress")
             assert not any("@" in name for name in links(options))
-        with running(clsact):
+        with running(replace(clsact, snat_ports=(2000, 2999))):
             again = show("ingress")
             assert again.count("ebpfproxy_tc_ingress") == 1
             assert again != first  # another program in the same place

@@ -290,7 +290,8 @@ def swap_program(path: Path, program: Program, is_ours: Callable[[Link], bool]) 
         return False
     with link, contextlib.suppress(KernelError):
         if is_ours(link):
-            link.update(program)
+            if link.info().program_id != program.id:  # a swap waits for all processors
+                link.update(program)
             return True
     return False
 

@@ -16,7 +16,7 @@ def cleanup(bpffs: Path) -> list[str]:
     """Remove pinned links and maps below ``bpffs``, and our filters on this network namespace's devices.
 
     Links go first: with its last pin a link detaches its program, so nothing reads the maps any more. The
-    programs go with their links, the memory of the maps with their pins.
+    programs go with their links and pins, the memory of the maps with their pins.
 
     Args:
         bpffs: as given to ``ebpfproxy run``.
@@ -31,7 +31,7 @@ def cleanup(bpffs: Path) -> list[str]:
     root = bpffs / "ebpfproxy"
     removed += _remove_tree(root / "links")
     removed += remove_filters(root / QDISC_MARKS)
-    for name in (QDISC_MARKS, "maps", "maps-new", "maps-old"):
+    for name in (QDISC_MARKS, "programs", "maps", "maps-new", "maps-old"):
         removed += _remove_tree(root / name)
     _remove_directory(root)
     return removed

@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ebpfproxy import netlink, sockdiag
-from ebpfproxy.dataplane.bpf import plan
 from ebpfproxy.dataplane.bpf.attach import NO_NETNS, Attachments, netns_cookie
 from ebpfproxy.dataplane.bpf.epochs import HopWatch
 from ebpfproxy.dataplane.bpf.features import program_features, usable
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
-from ebpfproxy.dataplane.bpf.read import read_tables
-from ebpfproxy.dataplane.bpf.tables import Tables
 from ebpfproxy.dataplane.bpf.xdp import PROGRAM, XdpAttachments
 from ebpfproxy.errors import DataplaneError, KernelError, LoadError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import lib
@@ -26,6 +23,8 @@ from ebpfproxy.model.services import DesiredState, Protocol, Service
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from ebpfproxy.dataplane.bpf.tables import Tables
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +105,10 @@ class BpfDataplane:
                 "snat_port_max": options.snat_ports[1],
             },
             sizes=options.sizes,
+            programs_dir=self._root / "programs",
         )
         try:
-            self._loaded = choose(options.loader).load(load)
+            self._loaded = choose(options.loader).load(load, _make_ready)
         except (KernelError, LoadError) as error:
             missing = usable()  # says it better than the verifier
             if missing is None:
@@ -221,6 +221,9 @@ class BpfDataplane:
         return self._loaded
 
     def _current_tables(self) -> Tables:
+        from ebpfproxy.dataplane.bpf.read import read_tables
+        from ebpfproxy.dataplane.bpf.tables import Tables
+
         if self._tables is None:
             maps = self._running().maps
             self._tables = Tables(
@@ -230,6 +233,8 @@ class BpfDataplane:
         return self._tables
 
     def _apply(self, tables: Tables) -> None:
+        from ebpfproxy.dataplane.bpf import plan
+
         if self._collector is not None and tables.has_lost_udp():
             self._collector.hurry()
         deltas = tables.delta()
@@ -268,6 +273,15 @@ class BpfDataplane:
         except BaseException:
             self._tables = None
             raise
+
+
+def _make_ready() -> None:
+    """Import what the first sync needs, while the kernel checks the programs: it takes as long."""
+    import ebpfproxy.dataplane.bpf.plan
+    import ebpfproxy.dataplane.bpf.read
+    import ebpfproxy.dataplane.bpf.tables  # noqa: F401
+
+    netlink.devices()  # pyroute2
 
 
 @contextlib.contextmanager
