@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -12,44 +11,23 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tabulate import tabulate
 
 import ebpfproxy
 from benchmarks import collector, forward, maglev, state, userspace, xdp
+from benchmarks.compiled import compiled
 from benchmarks.figures import percentile, spread
 from rig import leaks
 from rig.agent import Agent
 from rig.certificates import Authority
-from rig.names import temporary_directory
 from rig.objects import endpoint_slice, service
 from rig.process import HERE
 from rig.topology import Topology, wait_listening
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PORT = 8080
 API_PORT = 6443
-CLIENT_FLAGS = ["-O2", "-Wall", "-Wextra", "-Werror"]
-
-
-@contextlib.contextmanager
-def connect_program() -> Iterator[Path]:
-    """Compile connect.c."""
-    directory = temporary_directory("connect")
-    try:
-        compiler = next(name for name in ("clang-18", "clang-16", "clang", "gcc") if _has(name))
-        binary = directory / "connect"
-        HERE.run(compiler, *CLIENT_FLAGS, "-o", binary, Path(__file__).with_name("connect.c"))
-        yield binary
-    finally:
-        HERE.run("rm", "-rf", directory)
-
-
-def _has(program: str) -> bool:
-    return HERE.run("sh", "-c", 'command -v "$0"', program, check=False).returncode == 0
 
 
 def scale(net: Topology, options: argparse.Namespace, first: list[str]) -> dict[str, Any]:
@@ -78,7 +56,7 @@ def scale(net: Topology, options: argparse.Namespace, first: list[str]) -> dict[
 def connections(net: Topology, options: argparse.Namespace, first: list[str]) -> dict[str, Any]:
     """Connect to a VIP, to its backends, and to its backends from outside the cgroup, in turns."""
     pod = net.pods[0]
-    with connect_program() as program, pod.place.start(program, "serve", str(PORT), pipes=True) as server:
+    with compiled("connect") as program, pod.place.start(program, "serve", str(PORT), pipes=True) as server:
         assert server.stdout.readline(), server.output()
         turns = {
             "VIP": (net.on_node, [str(state.PORT), state.vip(1)]),
@@ -306,7 +284,7 @@ def main() -> int:
         if "starts" in wanted:
             figures["start"] = starts(options)
         if "userspace" in wanted:
-            with connect_program() as program:
+            with compiled("connect") as program:
                 figures |= userspace.measure(options, program, PORT)
         if "forward" in wanted:
             figures["forward"] = forward.measure(options.milliseconds * 5, options.starts)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.compiled import compiled
 from benchmarks.figures import spread
 from rig.agent import Agent
-from rig.names import temporary_directory
 from rig.objects import endpoint, endpoint_slice, service
 from rig.process import HERE
 from rig.topology import NODE_IPS, Topology, offloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 PORT, NODE_PORT = 8080, 30080
 FLOWS = 900
-FLAGS = ["-O2", "-Wall", "-Wextra", "-Werror"]
-
-
-@contextlib.contextmanager
-def program() -> Iterator[Path]:
-    """Compile datagrams.c."""
-    directory = temporary_directory("datagrams")
-    try:
-        binary = directory / "datagrams"
-        HERE.run("gcc", *FLAGS, "-o", binary, Path(__file__).with_name("datagrams.c"))
-        yield binary
-    finally:
-        HERE.run("rm", "-rf", directory)
 
 
 def _plain(_net: Topology, _stack: ExitStack) -> None:
@@ -75,7 +61,7 @@ WAYS: dict[str, tuple[Callable[[Topology, ExitStack], None], bool]] = {
 def measure(milliseconds: int, rounds: int) -> dict[str, Any]:
     """Return packets a second that reach the backend, and nanoseconds a packet, way by way."""
     figures: dict[str, Any] = {}
-    with program() as binary:
+    with compiled("datagrams") as binary:
         for name, (prepare, is_translated) in WAYS.items():
             with ExitStack() as stack:
                 net = stack.enter_context(Topology(pod_count=1))

@@ -19,19 +19,16 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from benchmarks import state
 from benchmarks.figures import percentile
 from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane, IptablesOptions
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    Empty,
     Frontend,
     FrontendKind,
     NodePortAddresses,
-    Pool,
-    Protocol,
     Service,
-    ServiceName,
 )
 
 if TYPE_CHECKING:
@@ -44,19 +41,9 @@ ROUNDS = 9
 
 def service(number: int, backends: int) -> Service:
     """Return a Service with a cluster IP and so many endpoints."""
-    high, low = divmod(number, 60)
-    listed = tuple(
-        Backend(f"10.{128 + high // 250}.{high % 250}.{low * 4 + n}", 8080) for n in range(backends)
-    )
-    vip = f"10.96.{number // 250}.{number % 250 + 1}"
-    return Service(
-        name=ServiceName("default", f"service-{number}", "http", 4),
-        protocol=Protocol.TCP,
-        frontends=(Frontend(FrontendKind.CLUSTER_IP, vip, 80),),
-        backends=listed,
-        cluster=Pool(listed),
-        local=Pool((), Empty.DROP),
-    )
+    frontend = Frontend(FrontendKind.CLUSTER_IP, state.vip(number + 1), 80)
+    listed = tuple(Backend(each, 8080) for each in state.endpoints(number, 4)[:backends])
+    return state.resolved(f"service-{number}", frontend, listed, port_name="http")
 
 
 def measure(count: int, backends: int, variant: str) -> dict[str, float]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from benchmarks import state as names
+from benchmarks import state
+from benchmarks.compiled import compiled
 from benchmarks.figures import percentile
 from ebpfproxy.config import Config
 from ebpfproxy.dataplane.chosen import ChosenDataplane
@@ -26,14 +27,10 @@ from ebpfproxy.dataplane.modes import Site
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    Empty,
     Frontend,
     FrontendKind,
     NodePortAddresses,
-    Pool,
-    Protocol,
     Service,
-    ServiceName,
 )
 from rig.topology import NODE_IPS, Topology
 
@@ -50,14 +47,8 @@ LISTINGS = {"nftables": "nft list ruleset", "iptables": "iptables-save"}
 def service(number: int, addresses: Sequence[str]) -> Service:
     """Return Service ``number`` with these endpoints."""
     backends = tuple(Backend(address, PORT) for address in addresses)
-    return Service(
-        name=ServiceName("default", f"service-{number}", "", 4),
-        protocol=Protocol.TCP,
-        frontends=(Frontend(FrontendKind.CLUSTER_IP, names.vip(number), names.PORT),),
-        backends=backends,
-        cluster=Pool(backends),
-        local=Pool((), Empty.DROP),
-    )
+    frontend = Frontend(FrontendKind.CLUSTER_IP, state.vip(number), state.PORT)
+    return state.resolved(f"service-{number}", frontend, backends)
 
 
 def timed(dataplane: ChosenDataplane, services: Sequence[Service]) -> tuple[float, float]:
@@ -85,7 +76,7 @@ def program(options: argparse.Namespace) -> dict[str, float]:
     services = [
         service(
             n,
-            options.first if n == middle(count) else names.endpoints(n, options.endpoints),
+            options.first if n == middle(count) else state.endpoints(n, options.endpoints),
         )
         for n in range(1, count + 1)
     ]
@@ -94,7 +85,7 @@ def program(options: argparse.Namespace) -> dict[str, float]:
     for turn in range(options.changes):
         at = turn * 7919 % count
         if at + 1 != middle(count) or count == 1:
-            addresses = options.first if count == 1 else names.endpoints(at + 1, options.endpoints)
+            addresses = options.first if count == 1 else state.endpoints(at + 1, options.endpoints)
             services[at] = service(at + 1, addresses[: len(addresses) - 1 + turn % 2])
             samples.append(timed(dataplane, services))
             dataplane.tick()
@@ -128,7 +119,7 @@ def measure(mode: str, count: int, options: argparse.Namespace, connect: Path) -
             rates: dict[str, list[float]] = {"VIP": [], "direct": []}
             for number in range(options.rounds + 1):
                 for name, place, target in (
-                    ("VIP", net.on_node, [str(names.PORT), names.vip(middle(count))]),
+                    ("VIP", net.on_node, [str(state.PORT), state.vip(middle(count))]),
                     ("direct", net.on_node_bare, [str(PORT), *first]),
                 ):
                     load = place.run(connect, "load", "100", *target).stdout
@@ -155,10 +146,8 @@ def main() -> None:
     if options.mode:
         print(json.dumps(program(options)))
         return
-    from benchmarks.__main__ import connect_program
-
     rows = []
-    with connect_program() as connect:
+    with compiled("connect") as connect:
         for count in options.services:
             rows += [
                 {"services": count, "mode": mode, **measure(mode, count, options, connect)}

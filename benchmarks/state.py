@@ -6,6 +6,7 @@ import ipaddress
 from typing import Any
 
 from ebpfproxy.model.objects import Object, ObjectKey, Objects, decode, key_of
+from ebpfproxy.model.services import Backend, Empty, Frontend, Pool, Protocol, Service, ServiceName
 
 VIPS = ipaddress.IPv4Address("10.96.0.0")
 BACKENDS = ipaddress.IPv4Address("10.128.0.0")
@@ -60,6 +61,27 @@ def objects(services: int, backends: int, first: list[str], port: int) -> Object
         for each in (service(number), endpoint_slice(number, addresses, port)):
             made[key_of(each)] = each
     return made
+
+
+def resolved(
+    name: str,
+    frontend: Frontend,
+    backends: tuple[Backend, ...],
+    *,
+    port_name: str = "",
+    version: int = 4,
+    is_dsr: bool = False,
+) -> Service:
+    """Return a TCP Service as the resolver makes it, with one frontend and policies Cluster."""
+    return Service(
+        name=ServiceName("default", name, port_name, version),
+        protocol=Protocol.TCP,
+        frontends=(frontend,),
+        backends=backends,
+        cluster=Pool(backends),
+        local=Pool((), Empty.DROP),
+        is_dsr=is_dsr,
+    )
 
 
 def _decode(version: str, kind: str, body: dict[str, Any]) -> Object:

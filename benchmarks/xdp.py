@@ -34,6 +34,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import raw
 
+from benchmarks import state
 from benchmarks.figures import spread
 from ebpfproxy import netlink
 from ebpfproxy.dataplane.bpf import plan
@@ -49,10 +50,7 @@ from ebpfproxy.model.services import (
     FrontendKind,
     NodePortAddresses,
     NodeSource,
-    Pool,
-    Protocol,
     Service,
-    ServiceName,
 )
 from rig.kernel import new_bpffs, new_netns
 from rig.process import HERE
@@ -107,16 +105,9 @@ def services(family: Family, count: int, kind: str) -> list[Service]:
         backends = tuple(
             Backend(family.backend(number, b), 8080, is_local=kind == "local") for b in range(BACKENDS)
         )
+        frontend = Frontend(FrontendKind.EXTERNAL_IP, family.vip(number), 80)
         made.append(
-            Service(
-                ServiceName("default", f"s{number}", "", family.version),
-                Protocol.TCP,
-                (Frontend(FrontendKind.EXTERNAL_IP, family.vip(number), 80),),
-                backends,
-                Pool(backends),
-                Pool(()),
-                is_dsr=kind == "dsr",
-            )
+            state.resolved(f"s{number}", frontend, backends, version=family.version, is_dsr=kind == "dsr")
         )
     return made
 
@@ -162,14 +153,14 @@ class Bench:
         )
         maps = self.loaded.maps
         tables = Tables(read_tables(maps), {name: found.max_entries for name, found in maps.items()})
-        state = DesiredState(
+        wanted = DesiredState(
             tuple(services(family, count, kind)),
             NodePortAddresses(
                 local=frozenset({family.node}),
                 sources=frozenset({NodeSource(0, family.version, family.node)}),
             ),
         )
-        assert not tables.update(state)
+        assert not tables.update(wanted)
         plan.apply(plan.make_plan(tables.delta()), maps)
         self.program = self.loaded.programs["xdp_lb"]
         self.openings = self.frames("S")
