@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 VARIANTS = ("nft", "legacy")
 ADDRESSES = NodePortAddresses(frozenset({"192.0.2.1"}), frozenset({"192.0.2.1", "127.0.0.1"}))
 ROUNDS = 9
+MOST = 16  # endpoints of a Service
 
 
 def service(number: int, backends: int) -> Service:
     """Return a Service with a cluster IP and so many endpoints."""
     frontend = Frontend(FrontendKind.CLUSTER_IP, state.vip(number + 1), 80)
-    listed = tuple(Backend(each, 8080) for each in state.endpoints(number, 4)[:backends])
+    listed = tuple(Backend(each, 8080) for each in state.endpoints(number, MOST)[:backends])
     return state.resolved(f"service-{number}", frontend, listed, port_name="http")
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.iptables", description=__doc__)
     parser.add_argument("--services", type=int, nargs="*", default=[1, 1000, 5000, 10000])
-    parser.add_argument("--endpoints", type=int, default=2)
+    parser.add_argument("--endpoints", type=int, default=2, choices=range(1, MOST), metavar="N")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # in the namespace
     options = parser.parse_args()
     if options.variant:
