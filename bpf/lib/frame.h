@@ -76,8 +76,10 @@ static __always_inline void *read_ip(struct xdp_md *ctx, struct packet *packet, 
 		packet->next = ip6->nexthdr;
 		packet->hops = ip6->hop_limit;
 	}
-	/* Cut short, or in several buffers. */
-	if (size < header || start + l3 + size > end)
+	/* Cut short, or in several buffers. Before Linux 5.14 the verifier knows no bound of a number whose bytes were swapped:
+	 * it is compared, never added to a pointer.
+	 */
+	if (size < header || size > end - start - l3)
 		return NULL;
 	packet->l3 = l3;
 	packet->l4 = l3 + header;
@@ -117,54 +119,78 @@ static __always_inline __u16 l4_sum(__u16 check, const struct packet *packet,
 	return sum_finish(sum);
 }
 
-/* Gives the frame what the flow says, and one hop less if it is `forwarded`. False: nothing was changed. */
-static __always_inline bool write_frame(struct xdp_md *ctx, const struct packet *packet,
-					const struct flow *flow, bool forwarded)
+/* Gives what is behind the IP header the ports and the checksum of the flow. False: nothing was changed. */
+static __always_inline bool write_l4(void *l4, void *end, const struct packet *packet,
+				     const struct flow *flow)
 {
-	void *start = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct iphdr *ip4 = start + FRAME_L3;
-	struct ipv6hdr *ip6 = start + FRAME_L3;
-	bool is_v4 = packet->version == IP4_VERSION;
-	struct tcphdr *tcp = is_v4 ? (void *)(ip4 + 1) : (void *)(ip6 + 1);
-	struct udphdr *udp = (void *)tcp;
-	bool is_tcp = packet->next == IPPROTO_TCP;
+	struct tcphdr *tcp = l4;
+	struct udphdr *udp = l4;
 
-	if (addr_is_v4(&flow->dst) != is_v4 ||
-	    !frame_holds(tcp, is_tcp ? sizeof(*tcp) : sizeof(*udp), end))
-		return false;
-	if (is_tcp) {
+	if (packet->next == IPPROTO_TCP) {
 		if (!frame_holds(tcp, sizeof(*tcp), end))
 			return false;
 		tcp->source = flow->sport;
 		tcp->dest = flow->dport;
 		tcp->check = l4_sum(tcp->check, packet, flow);
-	} else {
-		if (!frame_holds(udp, sizeof(*udp), end))
-			return false;
-		udp->source = flow->sport;
-		udp->dest = flow->dport;
-		/* 0: the sender made none; a computed 0 is sent as 0xffff (RFC 768). */
-		if (udp->check)
-			udp->check = l4_sum(udp->check, packet, flow) ?: 0xffff;
+		return true;
 	}
-	if (is_v4) {
-		__u64 sum = (__u16)~ip4->check;
-
-		sum = sum_exchange(sum, ip4->saddr, flow->src.w[3]);
-		sum = sum_exchange(sum, ip4->daddr, flow->dst.w[3]);
-		if (forwarded)
-			sum = sum_exchange(sum, bpf_htons(packet->hops << 8),
-					   bpf_htons((packet->hops - 1) << 8));
-		ip4->check = sum_finish(sum);
-		ip4->saddr = flow->src.w[3];
-		ip4->daddr = flow->dst.w[3];
-		ip4->ttl -= forwarded;
-	} else {
-		__builtin_memcpy(&ip6->saddr, &flow->src, sizeof(ip6->saddr));
-		__builtin_memcpy(&ip6->daddr, &flow->dst, sizeof(ip6->daddr));
-		ip6->hop_limit -= forwarded;
-	}
+	if (!frame_holds(udp, sizeof(*udp), end))
+		return false;
+	udp->source = flow->sport;
+	udp->dest = flow->dport;
+	/* 0: the sender made none; a computed 0 is sent as 0xffff (RFC 768). */
+	if (udp->check)
+		udp->check = l4_sum(udp->check, packet, flow) ?: 0xffff;
 	return true;
+}
+
+static __always_inline bool write_frame4(struct xdp_md *ctx, const struct packet *packet,
+					 const struct flow *flow, bool forwarded)
+{
+	struct iphdr *ip = (void *)(long)ctx->data + FRAME_L3;
+	__u64 sum;
+
+	if (!write_l4(ip + 1, (void *)(long)ctx->data_end, packet, flow))
+		return false;
+	sum = (__u16)~ip->check;
+	sum = sum_exchange(sum, ip->saddr, flow->src.w[3]);
+	sum = sum_exchange(sum, ip->daddr, flow->dst.w[3]);
+	if (forwarded)
+		sum = sum_exchange(sum, bpf_htons(packet->hops << 8),
+				   bpf_htons((packet->hops - 1) << 8));
+	ip->check = sum_finish(sum);
+	ip->saddr = flow->src.w[3];
+	ip->daddr = flow->dst.w[3];
+	ip->ttl -= forwarded;
+	return true;
+}
+
+static __always_inline bool write_frame6(struct xdp_md *ctx, const struct packet *packet,
+					 const struct flow *flow, bool forwarded)
+{
+	struct ipv6hdr *ip = (void *)(long)ctx->data + FRAME_L3;
+
+	if (!write_l4(ip + 1, (void *)(long)ctx->data_end, packet, flow))
+		return false;
+	__builtin_memcpy(&ip->saddr, &flow->src, sizeof(ip->saddr));
+	__builtin_memcpy(&ip->daddr, &flow->dst, sizeof(ip->daddr));
+	ip->hop_limit -= forwarded;
+	return true;
+}
+
+/* Gives the frame what the flow says, and one hop less if it is `forwarded`. False: nothing was changed.
+ *
+ * The versions are apart from here on: of a pointer that is one of two, Linux 5.10's verifier forgets which one it was.
+ */
+static __always_inline bool write_frame(struct xdp_md *ctx, const struct packet *packet,
+					const struct flow *flow, bool forwarded)
+{
+	bool is_v4 = packet->version == IP4_VERSION;
+
+	if (addr_is_v4(&flow->dst) != is_v4)
+		return false;
+	return is_v4 ? write_frame4(ctx, packet, flow, forwarded)
+		     : write_frame6(ctx, packet, flow, forwarded);
 }
 
 static __always_inline void write_macs(struct xdp_md *ctx, const struct next_hop *hop)
