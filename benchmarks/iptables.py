@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 from benchmarks import state
 from benchmarks.figures import percentile
-from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane, IptablesOptions
+from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane
+from ebpfproxy.dataplane.xtables import XtablesOptions
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
@@ -50,7 +51,7 @@ def service(number: int, backends: int) -> Service:
 def measure(count: int, backends: int, variant: str) -> dict[str, float]:
     """Return milliseconds; runs in a namespace of its own."""
     with tempfile.TemporaryDirectory() as directory:
-        dataplane = IptablesDataplane(IptablesOptions(Path(directory) / "sysctls", variant))
+        dataplane = IptablesDataplane(XtablesOptions(Path(directory) / "sysctls", variant))
         dataplane.start()
         services = [service(number, backends) for number in range(count)]
         figures = dict(zip(("first", "first cpu"), timed(dataplane, services), strict=True))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ebpfproxy import conntrack
 from ebpfproxy.dataplane.modes import Made, Site
 from ebpfproxy.metrics import Reading
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
-    from pathlib import Path
 
     from ebpfproxy.config import Config
 
@@ -33,18 +31,15 @@ def lacking() -> list[str]:
 
 def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     """Make the dataplane."""
-    from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane, IptablesOptions
+    from ebpfproxy.dataplane.iptables.dataplane import MODE, IptablesDataplane
+    from ebpfproxy.dataplane.xtables import options_of
 
-    options = IptablesOptions(
-        sysctls=_sysctls(site),
-        variant=settings.iptables_variant,
-        masquerade_bit=settings.masquerade_bit,
+    dataplane = IptablesDataplane(
+        options_of(settings, site, MODE),
         allows_localhost=settings.localhost_node_ports,
         drops_invalid=not settings.tcp_be_liberal,
-        check_s=settings.max_sync_s,
-        settings=conntrack.settings_of(settings),
     )
-    return Made(IptablesDataplane(options), Site(site.state_dir))
+    return Made(dataplane, Site(site.state_dir))
 
 
 def reading(site: Site) -> Reading:
@@ -54,10 +49,9 @@ def reading(site: Site) -> Reading:
 
 def cleanup(site: Site) -> list[str]:
     """Remove our chains, unless mode ipvs has taken them over, and put settings of the kernel back."""
-    from ebpfproxy.dataplane.iptables import cleanup as end
+    from ebpfproxy.dataplane.iptables.dataplane import MODE
+    from ebpfproxy.dataplane.xtables import sysctls_file
+    from ebpfproxy.sysctl import Ledger
+    from ebpfproxy.xtables import cleanup as chains
 
-    return end.cleanup(_sysctls(site))
-
-
-def _sysctls(site: Site) -> Path:
-    return site.state_dir / "sysctls-iptables.json"
+    return chains.remove(MODE) + Ledger(sysctls_file(site, MODE)).restore()

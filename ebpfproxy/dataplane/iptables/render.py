@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ebpfproxy.dataplane.memo import Memo
 from ebpfproxy.model.addresses import family
 from ebpfproxy.model.services import (
     Empty,
@@ -24,7 +25,6 @@ from ebpfproxy.model.services import (
     Protocol,
     Scheduler,
     Service,
-    ServiceName,
 )
 from ebpfproxy.xtables import names
 from ebpfproxy.xtables.chains import Chain, Jump, Rules
@@ -109,32 +109,18 @@ class Renderer:
     """Turns desired states into chains; Services that stayed the same cost nothing."""
 
     def __init__(self) -> None:
-        self._context: Context | None = None
-        self._parts: dict[tuple[ServiceName, Protocol], tuple[Service, Part]] = {}
+        self._memo = Memo(render_service)
 
     def chains(self, services: Iterable[Service], context: Context, host: Host) -> dict[Chain, Rules]:
         """Return all chains of ours in one family, and their rules."""
-        if context != self._context:
-            self._context, self._parts = context, {}
-        parts = {}
-        for service in services:
-            if service.name.family != context.family:
-                continue
-            key = (service.name, service.protocol)
-            known = self._parts.get(key)
-            parts[key] = (
-                known
-                if known is not None and known[0] is service
-                else (service, render_service(service, context))
-            )
-        self._parts = parts
+        parts = self._memo.parts((each for each in services if each.name.family == context.family), context)
         found: dict[Chain, Rules] = fixed(context, host)
         for chain in SHARED:
             found[chain] = (
-                *flatten.from_iterable(part.shared.get(chain, ()) for _, part in parts.values()),
+                *flatten.from_iterable(part.shared.get(chain, ()) for _, part in parts),
                 *found.get(chain, ()),
             )
-        for _, part in parts.values():
+        for _, part in parts:
             found.update(part.own)
         return found
 

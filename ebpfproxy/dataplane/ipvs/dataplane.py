@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
-import os
 import re
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebpfproxy import netlink, sysctl
-from ebpfproxy.conntrack import UdpCleaner
+from ebpfproxy import netlink
 from ebpfproxy.dataplane.ipvs import features
 from ebpfproxy.dataplane.ipvs import sets as rules
 from ebpfproxy.dataplane.ipvs.render import PROTOCOLS, Rendered, Renderer, context_of
 from ebpfproxy.dataplane.ipvs.unsupported import unsupported
+from ebpfproxy.dataplane.xtables import XtablesDataplane, XtablesOptions
 from ebpfproxy.diff import diff
-from ebpfproxy.errors import DataplaneError, UnsupportedError
+from ebpfproxy.errors import DataplaneError
 from ebpfproxy.model.addresses import family
 from ebpfproxy.model.services import Protocol, Scheduler
 from ebpfproxy.netlink.ipvs import (
@@ -35,15 +32,11 @@ from ebpfproxy.netlink.ipvs import (
     set_timeouts,
 )
 from ebpfproxy.xtables import sets
-from ebpfproxy.xtables.programmer import Programmer
-from ebpfproxy.xtables.tool import Tool, can_read, choose_variant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Sequence
 
     from ebpfproxy.model.services import DesiredState
-
-log = logging.getLogger(__name__)
 
 MODE = "ipvs"
 DEVICE = netlink.VIP_DEVICE
@@ -56,19 +49,13 @@ _DRAINED = PROTOCOLS[Protocol.TCP]
 
 @dataclass(frozen=True)
 class IpvsOptions:
-    """How to run the ipvs dataplane."""
+    """How to run the ipvs dataplane, beside what all that are made of rules have."""
 
-    sysctls: Path  # the file that keeps the settings as they were
-    variant: str = "auto"  # of iptables: auto | nft | legacy
-    masquerade_bit: int = 14
     scheduler: Scheduler = Scheduler.RANDOM  # of Services that name none
     further_scheduler: str = ""  # for those: one that only IPVS has
     node_ports: tuple[int, int] = (30000, 32767)  # both inclusive
     exclude_cidrs: Sequence[str] = ()  # virtual servers in there are somebody else's
-    has_strict_arp: bool = False
     timeouts: Timeouts = field(default_factory=Timeouts)
-    check_s: float = 30.0  # how often it is looked whether somebody flushed what was made
-    settings: Mapping[str, str] = field(default_factory=dict)  # of the kernel, to be made so
 
 
 def sysctls(*, has_strict_arp: bool, release: str) -> dict[str, str]:
@@ -89,84 +76,32 @@ def sysctls(*, has_strict_arp: bool, release: str) -> dict[str, str]:
     return wanted
 
 
-class IpvsDataplane:
+class IpvsDataplane(XtablesDataplane):
     """Makes the kernel serve a desired state through IPVS."""
 
-    def __init__(self, options: IpvsOptions) -> None:
-        self.options = options
-        self.problems: list[str] = []  # what is missing on this machine, one sentence each
-        self._ledger = sysctl.Ledger(options.sysctls)
+    mode = MODE
+
+    def __init__(self, options: XtablesOptions, own: IpvsOptions) -> None:
+        super().__init__(options)
+        self._own = own
+        self._excluded = [ipaddress.ip_network(each) for each in own.exclude_cidrs]
         self._renderer = Renderer()
-        self._cleaner = UdpCleaner()
-        self._programmers: list[Programmer] = []
-        self._has_random_fully = False
         self._have: Rendered | None = None  # None: has to be read
         self._draining: set[Destination] = set()  # weight 0 until their connections have ended
-        self._state: DesiredState | None = None  # as it was last programmed
-        self._checked_s = self._drained_s = 0.0
-        self._excluded = [ipaddress.ip_network(each) for each in options.exclude_cidrs]
+        self._drained_s = 0.0
 
-    # -- life ------------------------------------------------------------------------------------
+    def _why_not(self) -> str | None:
+        return features.usable(self.options.variant)
 
-    def start(self) -> None:
-        """Find the tools, and set what IPVS needs.
-
-        Raises:
-            UnsupportedError: this machine can't run it; the message says why.
-        """
-        why_not = features.usable(self.options.variant)
-        if why_not is not None:
-            raise UnsupportedError(why_not)
-        variant = choose_variant(self.options.variant)
-        self.problems = []
-        for number in (4, 6):
-            tool = Tool(number, variant)
-            if not (tool.is_installed() and can_read(tool)):
-                self.problems.append(f"no IPv6: {tool.name} can't be used here")
-                continue
-            self._has_random_fully = tool.has_random_fully()
-            self._programmers.append(Programmer(tool, MODE))
+    def _prepare(self) -> None:
+        """Leave a sign, and set the timeouts of IPVS."""
         try:
             self._ledger.mark()  # cleanup has to know that what has kube-proxy's names may be ours
         except OSError as error:
             raise DataplaneError(f"write {self.options.sysctls}: {error.strerror}") from error
-        wanted = sysctls(has_strict_arp=self.options.has_strict_arp, release=os.uname().release)
-        self.problems += self._ledger.set({**wanted, **self.options.settings})
-        if any(self.options.timeouts):
+        if any(self._own.timeouts):
             with Ipvs() as ipvs:
-                ipvs.run([set_timeouts(self.options.timeouts)])
-        self._checked_s = time.monotonic()
-
-    def close(self) -> None:
-        """Release handles. Programmed state stays in the kernel."""
-        self._programmers = []
-        self._have = self._state = None
-
-    # -- work ------------------------------------------------------------------------------------
-
-    def sync(self, state: DesiredState) -> None:
-        """Make exactly ``state`` work; idempotent, and the cost follows the change.
-
-        Raises:
-            DataplaneError: only a part was programmed; call again.
-        """
-        if not self._programmers:
-            raise DataplaneError("the ipvs dataplane is not started")
-        self._state = None
-        families = {each.tool.family for each in self._programmers}
-        context = context_of(
-            state,
-            default_scheduler=self.options.scheduler,
-            further_scheduler=self.options.further_scheduler,
-        )
-        want = self._renderer.render(
-            [service for service in state.services if service.name.family in families], context
-        )
-        with Ipvs() as ipvs, self._forget_on_error():
-            have = self._have or self._read(ipvs, want, state)
-            self._apply(ipvs, have, want, state)
-        self._cleaner.clean(state)
-        self._state = state
+                ipvs.run([set_timeouts(self._own.timeouts)])
 
     def tick(self) -> None:
         """Remove destinations whose connections have ended; look whether somebody flushed what was made.
@@ -175,29 +110,32 @@ class IpvsDataplane:
             DataplaneError: what was flushed could not be written; the next sync does it.
         """
         now_s = time.monotonic()
-        if self._state is None:
-            return
-        if self._draining and now_s - self._drained_s >= DRAIN_S:
+        if self._have is not None and self._draining and now_s - self._drained_s >= DRAIN_S:
             self._drained_s = now_s
             with Ipvs() as ipvs, self._forget_on_error():
                 self._drain(ipvs)
-        if now_s - self._checked_s >= self.options.check_s:
-            self._checked_s = now_s
-            if not self._is_intact():
-                log.warning("somebody flushed what mode ipvs had made: writing it again")
-                self._forget()
-                self.sync(self._state)
+        super().tick()
 
     def unsupported(self, state: DesiredState) -> list[str]:
         """Return one sentence for each thing in ``state`` that this dataplane does not do."""
-        return unsupported(state, frozenset(each.tool.family for each in self._programmers))
+        return unsupported(state, self._served)
 
-    # -- inside ----------------------------------------------------------------------------------
+    def _program(self, state: DesiredState) -> None:
+        context = context_of(
+            state,
+            default_scheduler=self._own.scheduler,
+            further_scheduler=self._own.further_scheduler,
+        )
+        want = self._renderer.render(
+            [service for service in state.services if service.name.family in self._served], context
+        )
+        with Ipvs() as ipvs:
+            self._apply(ipvs, self._have or self._read(ipvs, want, state), want, state)
 
     def _read(self, ipvs: Ipvs, want: Rendered, state: DesiredState) -> Rendered:
         """Return what the kernel has of ours, and of kube-proxy's."""
         addresses = netlink.addresses_of(DEVICE)
-        first, last = self.options.node_ports
+        first, last = self._own.node_ports
 
         def is_ours(server: Server) -> bool:
             address = ipaddress.ip_address(server.address)
@@ -297,30 +235,23 @@ class IpvsDataplane:
         used = {entry.set for entry in want.entries}
         return firm, {name for name in rules.NAMES if rules.full_name(name, number) in used}
 
-    def _is_intact(self) -> bool:
-        """Return whether what was made is still there, as far as it costs little to see."""
-        have = self._have
-        if have is None:
+    def _forget_flushed(self) -> bool:
+        if self._is_listed() and not super()._forget_flushed():
+            return False
+        self._forget()
+        return True
+
+    def _is_listed(self) -> bool:
+        """Return whether as many virtual servers are there as were made, and their addresses."""
+        if self._have is None:
             return False
         listed = sum(
             line.startswith(("TCP", "UDP", "SCTP")) for line in _LISTED.read_text("ascii").splitlines()
         )
-        return (
-            listed >= len(have.servers)
-            and have.addresses.keys() <= netlink.addresses_of(DEVICE)
-            and all(each.is_intact() for each in self._programmers)
+        return listed >= len(self._have.servers) and (
+            self._have.addresses.keys() <= netlink.addresses_of(DEVICE)
         )
 
     def _forget(self) -> None:
+        super()._forget()
         self._have = None
-        for each in self._programmers:
-            each.forget()
-
-    @contextmanager
-    def _forget_on_error(self) -> Iterator[None]:
-        """Read the kernel again at the next sync when anything goes wrong here."""
-        try:
-            yield
-        except BaseException:
-            self._forget()
-            raise

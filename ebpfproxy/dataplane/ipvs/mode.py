@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from ebpfproxy import conntrack
 from ebpfproxy.dataplane.modes import Made, Site
 from ebpfproxy.metrics import Reading
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
-    from pathlib import Path
 
     from ebpfproxy.config import Config
 
@@ -24,25 +23,21 @@ def usable() -> str | None:
 
 def make(settings: Config, site: Site, stack: ExitStack) -> Made:
     """Make the dataplane."""
-    from ebpfproxy.dataplane.ipvs.dataplane import IpvsDataplane, IpvsOptions
+    from ebpfproxy.dataplane.ipvs.dataplane import MODE, IpvsDataplane, IpvsOptions, sysctls
+    from ebpfproxy.dataplane.xtables import options_of
     from ebpfproxy.netlink.ipvs import Timeouts
 
+    needed = sysctls(has_strict_arp=settings.ipvs_strict_arp, release=os.uname().release)
     options = IpvsOptions(
-        sysctls=_sysctls(site),
-        variant=settings.iptables_variant,
-        masquerade_bit=settings.masquerade_bit,
         scheduler=settings.scheduler,
         further_scheduler=settings.ipvs_scheduler,
         node_ports=settings.service_node_port_range,
         exclude_cidrs=settings.ipvs_exclude_cidrs,
-        has_strict_arp=settings.ipvs_strict_arp,
         timeouts=Timeouts(
             round(settings.ipvs_tcp_s), round(settings.ipvs_tcp_fin_s), round(settings.ipvs_udp_s)
         ),
-        check_s=settings.max_sync_s,
-        settings=conntrack.settings_of(settings),
     )
-    return Made(IpvsDataplane(options), Site(site.state_dir))
+    return Made(IpvsDataplane(options_of(settings, site, MODE, needed), options), Site(site.state_dir))
 
 
 def reading(site: Site) -> Reading:
@@ -53,9 +48,6 @@ def reading(site: Site) -> Reading:
 def cleanup(site: Site) -> list[str]:
     """Remove what this mode made, and put settings of the kernel back."""
     from ebpfproxy.dataplane.ipvs import cleanup as end
+    from ebpfproxy.dataplane.xtables import sysctls_file
 
-    return end.cleanup(_sysctls(site))
-
-
-def _sysctls(site: Site) -> Path:
-    return site.state_dir / "sysctls-ipvs.json"
+    return end.cleanup(sysctls_file(site, "ipvs"))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ebpfproxy.dataplane.ipvs import sets
+from ebpfproxy.dataplane.memo import Memo
 from ebpfproxy.model.addresses import family
-from ebpfproxy.model.services import FrontendKind, Policy, Pool, Protocol, Scheduler, Service, ServiceName
+from ebpfproxy.model.services import FrontendKind, Policy, Pool, Protocol, Scheduler, Service
 from ebpfproxy.netlink.ipvs import MH_PORT, PERSISTENT, Destination, Server, Settings
 from ebpfproxy.xtables.sets import Entry
 
@@ -66,25 +67,12 @@ class Renderer:
     """Turns desired states into IPVS' terms; Services that stayed the same cost nothing."""
 
     def __init__(self) -> None:
-        self._context: Context | None = None
-        self._parts: dict[tuple[ServiceName, Protocol], tuple[Service, Part]] = {}
+        self._memo = Memo(render_service)
 
     def render(self, services: Iterable[Service], context: Context) -> Rendered:
         """Return what is to be in the kernel."""
-        if context != self._context:
-            self._context, self._parts = context, {}
-        parts = {}
-        for service in services:
-            key = (service.name, service.protocol)
-            known = self._parts.get(key)
-            parts[key] = (
-                known
-                if known is not None and known[0] is service
-                else (service, render_service(service, context))
-            )
-        self._parts = parts
         found = Rendered({}, {}, {}, {}, {4: (), 6: ()})
-        for service, part in parts.values():
+        for service, part in self._memo.parts(services, context):
             found.servers.update(part.servers)
             found.destinations.update(part.destinations)
             found.addresses.update(dict.fromkeys(part.addresses))
