@@ -1,4 +1,4 @@
-"""Maps in memory and small desired states, for the tests of the BPF dataplane's pure part."""
+"""Maps in memory, for the tests of the BPF dataplane's pure part."""
 
 from __future__ import annotations
 
@@ -18,22 +18,11 @@ from ebpfproxy.dataplane.bpf.layouts import (
 )
 from ebpfproxy.dataplane.bpf.plan import Drop, Put, Step, Write
 from ebpfproxy.libbpf import lib
-from ebpfproxy.model.services import (
-    Backend,
-    Empty,
-    Frontend,
-    FrontendKind,
-    Policy,
-    Pool,
-    Protocol,
-    Readiness,
-    Scheduler,
-    Service,
-    ServiceName,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from ebpfproxy.model.services import Service
 
 LIMITS = {
     "service_names": 32,
@@ -117,66 +106,6 @@ def single_writes(steps: Iterable[Step]) -> Iterator[Step]:
                 for offset, content in parts:
                     for at in range(0, len(content), 8):
                         yield Write(name, [(offset + at, content[at : at + 8])])
-
-
-def service(
-    name: str,
-    backends: Iterable[Backend] = (),
-    frontends: Iterable[Frontend] = (),
-    *,
-    protocol: Protocol = Protocol.TCP,
-    scheduler: Scheduler = Scheduler.RR,
-    external_policy: Policy = Policy.CLUSTER,
-    internal_policy: Policy = Policy.CLUSTER,
-    family: int = 4,
-    affinity_s: int = 0,
-    source_ranges: tuple[str, ...] = (),
-    is_dsr: bool = False,
-) -> Service:
-    """Return a Service whose pools follow from its backends as SERVICES.md section 4 says."""
-    every = tuple(sorted(backends, key=lambda b: (b.address, b.port)))
-
-    def pool(candidates: Iterable[Backend], on_empty: Empty) -> Pool:
-        usable = [b for b in candidates if b.weight]
-        for readiness in (Readiness.READY, Readiness.TERMINATING):
-            chosen = tuple(b for b in usable if b.readiness is readiness)
-            if chosen:
-                return Pool(chosen)
-        return Pool((), on_empty)
-
-    cluster = pool(every, Empty.REJECT)
-    local = pool([b for b in every if b.is_local], Empty.DROP if cluster.backends else Empty.REJECT)
-    return Service(
-        name=ServiceName("default", name, "", family),
-        protocol=protocol,
-        frontends=tuple(frontends),
-        backends=every,
-        cluster=cluster,
-        local=local,
-        internal_policy=internal_policy,
-        external_policy=external_policy,
-        scheduler=scheduler,
-        affinity_s=affinity_s,
-        source_ranges=source_ranges,
-        has_source_ranges=bool(source_ranges),
-        is_dsr=is_dsr,
-    )
-
-
-def cluster_ip(address: str, port: int = 80) -> Frontend:
-    return Frontend(FrontendKind.CLUSTER_IP, address, port)
-
-
-def node_port(port: int) -> Frontend:
-    return Frontend(FrontendKind.NODE_PORT, "", port)
-
-
-def external_ip(address: str, port: int = 80) -> Frontend:
-    return Frontend(FrontendKind.EXTERNAL_IP, address, port)
-
-
-def load_balancer(address: str, port: int = 80) -> Frontend:
-    return Frontend(FrontendKind.LOAD_BALANCER, address, port)
 
 
 def follow(maps: Mapping[str, FakeMap], value: bytes) -> list[tuple[str, int]]:

@@ -26,13 +26,12 @@ from ebpfproxy.libbpf.probes import has_tcx
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    NodePortAddresses,
     Policy,
     Protocol,
     Readiness,
     Service,
 )
-from fake_maps import cluster_ip, load_balancer, node_port, service
+from makers import cluster_ip, load_balancer, node_port, service, state
 from rig.kernel import is_since
 from rig.wait import eventually
 
@@ -125,11 +124,6 @@ def contents(options: BpfOptions) -> dict[str, object]:
         for name in ("backends", "slots"):
             found[name] = bytes(maps[name].mmap())
     return found
-
-
-def state(*services: Service, serving: str = "") -> DesiredState:
-    addresses = frozenset(serving.split())
-    return DesiredState(services, NodePortAddresses(addresses, addresses))
 
 
 WEB = service("web", [A, B], [cluster_ip("10.96.0.1"), node_port(30080)])

@@ -12,16 +12,13 @@ from ebpfproxy.conntrack import Endpoint, Flow
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    Frontend,
-    FrontendKind,
-    Pool,
     Protocol,
     Readiness,
-    Service,
-    ServiceName,
 )
+from makers import cluster_ip, node_port, service, state
 
 if TYPE_CHECKING:
+    from ebpfproxy.model.services import DesiredState
     from rig.kernel import Netns
 
 VIP, ANOTHER, NODE = "10.96.0.53", "10.96.0.54", "192.0.2.1"
@@ -61,41 +58,28 @@ def test_stale(row: Row) -> None:
     assert bool(conntrack.stale([flow], row.before, row.now, frozenset({NODE}))) is row.is_stale
 
 
-def service(*backends: Backend, protocol: Protocol = Protocol.UDP) -> Service:
-    return Service(
-        name=ServiceName("default", "dns", "", 4),
-        protocol=protocol,
-        frontends=(Frontend(FrontendKind.CLUSTER_IP, VIP, 53), Frontend(FrontendKind.NODE_PORT, "", 30053)),
-        backends=backends,
-        cluster=Pool(backends),
-        local=Pool(()),
-    )
+def dns(*backends: Backend, protocol: Protocol = Protocol.UDP) -> DesiredState:
+    frontends = [cluster_ip(VIP, 53), node_port(30053)]
+    return state(service("dns", backends, frontends, protocol=protocol))
 
 
 def test_view_keeps_what_terminates() -> None:
-    state = DesiredState(
-        (
-            service(
-                Backend(*A, readiness=Readiness.TERMINATING),
-                Backend(*B, readiness=Readiness.NOT_READY),
-            ),
-        )
-    )
-    assert conntrack.view(state) == {DNS: frozenset({A}), NODE_PORT: frozenset({A})}
-    assert conntrack.view(DesiredState((service(Backend(*A), protocol=Protocol.TCP),))) == {}
+    ends = Backend(*A, readiness=Readiness.TERMINATING), Backend(*B, readiness=Readiness.NOT_READY)
+    assert conntrack.view(dns(*ends)) == {DNS: frozenset({A}), NODE_PORT: frozenset({A})}
+    assert conntrack.view(dns(Backend(*A), protocol=Protocol.TCP)) == {}
 
 
 # The kernel's part runs in a namespace of its own, in a process of its own: "before" and "now" are given as
 # backends, and what is said is how many flows were ended and what conntrack(8) still shows.
 SCRIPT = """
 import sys
-sys.path.insert(0, "tests/unit")
-from test_conntrack import service
+sys.path[:0] = ["tests", "tests/unit"]
+from test_conntrack import dns
 from ebpfproxy.conntrack import UdpCleaner
-from ebpfproxy.model.services import Backend, DesiredState, NodePortAddresses
+from ebpfproxy.model.services import Backend
 cleaner = UdpCleaner()
 def state(*ends):
-    return DesiredState((service(*(Backend(end, 5353) for end in ends)),), NodePortAddresses())
+    return dns(*(Backend(end, 5353) for end in ends))
 print(cleaner.clean(state("10.244.0.1", "10.244.0.2")),
       cleaner.clean(state("10.244.0.1", "10.244.0.2")),
       cleaner.clean(state("10.244.0.2")), cleaner.clean(state("10.244.0.2")))

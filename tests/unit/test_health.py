@@ -15,7 +15,7 @@ from ebpfproxy.health import Bind, Health, LocalEndpoints, Site, Snapshot
 from ebpfproxy.metrics import Facts, Reading
 from ebpfproxy.model.services import Backend, DesiredState, Readiness
 from ebpfproxy.store import Reach
-from fake_maps import cluster_ip, service
+from makers import cluster_ip, service
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
 
+import makers
 from ebpfproxy.dataplane.iptables import features
 from ebpfproxy.dataplane.iptables.render import (
     JUMPS,
@@ -25,17 +26,13 @@ from ebpfproxy.diff import Delta, diff
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.model.services import (
     Backend,
-    DesiredState,
     Empty,
     Frontend,
-    FrontendKind,
-    NodePortAddresses,
     Policy,
     Pool,
     Protocol,
     Scheduler,
     Service,
-    ServiceName,
 )
 from ebpfproxy.xtables import names, probe
 from ebpfproxy.xtables.chains import (
@@ -51,10 +48,11 @@ from ebpfproxy.xtables.chains import (
     transaction,
 )
 from ebpfproxy.xtables.programmer import Programmer
+from ebpfproxy.xtables.tool import Tool
+from makers import cluster_ip, external_ip, load_balancer, node_port, state
 
 if TYPE_CHECKING:
-    from ebpfproxy.xtables.tool import Tool
-from ebpfproxy.xtables.tool import Tool
+    from ebpfproxy.model.services import Frontend, Service
 
 REJECT, DROP = Pool(()), Pool((), Empty.DROP)
 CONTEXT = Context(local_sources=("10.0.0.0/8",), masquerades_outside=True)
@@ -66,24 +64,13 @@ NAT = {
 
 
 def service(
-    number: int, *ends: str, port: int = 80, external: tuple[Frontend, ...] = (), **more: object
+    number: int, *ends: str, port: int = 80, external: tuple[Frontend, ...] = (), **more: Any
 ) -> Service:
     """Return nsN/svcN:p80 as the published rules have it."""
-    backends = tuple(Backend(each, port) for each in ends)
-    given: dict[str, object] = {
-        "name": ServiceName(f"ns{number}", f"svc{number}", "p80", 4),
-        "protocol": Protocol.TCP,
-        "frontends": (Frontend(FrontendKind.CLUSTER_IP, f"172.30.0.4{number}", 80), *external),
-        "backends": backends,
-        "cluster": Pool(backends),
-        "local": DROP if backends else REJECT,
-        **more,
-    }
-    return Service(**given)  # type: ignore[arg-type]
-
-
-def frontend(kind: str, address: str, port: int = 80) -> Frontend:
-    return Frontend(FrontendKind(kind), address, port)
+    frontends = (cluster_ip(f"172.30.0.4{number}"), *external)
+    return makers.service(
+        f"ns{number}/svc{number}:p80", [Backend(each, port) for each in ends], frontends, **more
+    )
 
 
 PUBLISHED = (
@@ -92,19 +79,19 @@ PUBLISHED = (
         2,
         "10.180.0.2",
         external=(
-            frontend("ExternalIP", "192.168.99.22"),
-            frontend("LoadBalancer", "1.2.3.4"),
-            frontend("NodePort", "", 3001),
+            external_ip("192.168.99.22"),
+            load_balancer("1.2.3.4"),
+            node_port(3001),
         ),
         external_policy=Policy.LOCAL,
         health_check_node_port=30000,
     ),
-    service(3, "10.180.0.3", external=(frontend("NodePort", "", 3003),)),
-    service(4, "10.180.0.4", "10.180.0.5", external=(frontend("ExternalIP", "192.168.99.33"),)),
+    service(3, "10.180.0.3", external=(node_port(3003),)),
+    service(4, "10.180.0.4", "10.180.0.5", external=(external_ip("192.168.99.33"),)),
     service(
         5,
         "10.180.0.3",
-        external=(frontend("LoadBalancer", "5.6.7.8"), frontend("NodePort", "", 3002)),
+        external=(load_balancer("5.6.7.8"), node_port(3002)),
         source_ranges=("203.0.113.0/25",),
         has_source_ranges=True,
         affinity_s=10800,
@@ -178,7 +165,7 @@ def test_policies() -> None:
 
 
 def test_source_ranges_of_the_other_family_only_let_nobody_in() -> None:
-    guarded = service(1, "10.0.0.1", external=(frontend("LoadBalancer", "5.6.7.8"),), has_source_ranges=True)
+    guarded = service(1, "10.0.0.1", external=(load_balancer("5.6.7.8"),), has_source_ranges=True)
     part = render_service(guarded, CONTEXT)
     assert [rule for rule in part.own[Chain("nat", names.of_service("FW", guarded))] if " -j " in rule] == []
     assert part.shared[Chain("filter", "KUBE-PROXY-FIREWALL")][0].endswith("-d 5.6.7.8 --dport 80 -j DROP")
@@ -214,29 +201,27 @@ def test_masquerade_of_cluster_ip_clients(more: dict[str, object], ends: list[st
 @pytest.mark.parametrize(
     ("serving", "local", "allows_localhost", "rules"),
     [
-        (["192.0.2.1", "127.0.0.1"], ["192.0.2.1", "127.0.0.1"], True, ["-m addrtype --dst-type LOCAL"]),
+        ("192.0.2.1 127.0.0.1", "", True, ["-m addrtype --dst-type LOCAL"]),
         (
-            ["192.0.2.1", "127.0.0.1"],
-            ["192.0.2.1", "127.0.0.1"],
+            "192.0.2.1 127.0.0.1",
+            "",
             False,
             ["-m addrtype --dst-type LOCAL ! -d 127.0.0.0/8"],
         ),
-        (["192.0.2.1"], ["192.0.2.1", "192.0.2.2", "127.0.0.1"], True, ["-d 192.0.2.1"]),
-        (["127.0.0.1"], ["192.0.2.1", "127.0.0.1"], True, ["-d 127.0.0.1"]),
+        ("192.0.2.1", "192.0.2.2 127.0.0.1", True, ["-d 192.0.2.1"]),
+        ("127.0.0.1", "192.0.2.1", True, ["-d 127.0.0.1"]),
         (
-            ["2001:db8::1", "::1"],
-            ["2001:db8::1", "::1", "fe80::1"],
+            "2001:db8::1 ::1",
+            "fe80::1",
             True,
             ["-m addrtype --dst-type LOCAL ! -d ::1/128"],
         ),
-        ([], ["192.0.2.1"], True, []),
+        ("", "192.0.2.1", True, []),
     ],
 )
-def test_node_port_addresses(
-    serving: list[str], local: list[str], allows_localhost: bool, rules: list[str]
-) -> None:
-    family = 6 if ":" in "".join(serving) else 4
-    addresses = NodePortAddresses(frozenset(serving), frozenset(local))
+def test_node_port_addresses(serving: str, local: str, allows_localhost: bool, rules: list[str]) -> None:
+    family = 6 if ":" in serving else 4
+    addresses = state(serving=serving, local=local).addresses
     host = host_of(addresses, family, has_random_fully=True, allows_localhost=allows_localhost)
     found = Renderer().chains([], Context(family=family), host)[Chain("nat", "KUBE-SERVICES")]
     assert [rule.partition('chain" ')[2].removesuffix(" -j KUBE-NODEPORTS") for rule in found] == rules
@@ -254,13 +239,12 @@ def test_renderer_works_out_what_changed_only() -> None:
 
 
 def test_context() -> None:
-    state = DesiredState(
-        (),
-        NodePortAddresses(local=frozenset({"127.0.0.1", "192.0.2.1", "2001:db8::1"})),
-        frozenset({"10.1.0.0/16", "fd00::/64"}),
+    wanted = state(
+        local="127.0.0.1 192.0.2.1 2001:db8::1",
+        local_sources=frozenset({"10.1.0.0/16", "fd00::/64"}),
         masquerades_all=True,
     )
-    found = context_of(state, 4, mark=1 << 14, is_large=False, has_recent=True)
+    found = context_of(wanted, 4, mark=1 << 14, is_large=False, has_recent=True)
     assert found == Context(4, "0x4000", True, False, ("10.1.0.0/16",), ("192.0.2.1",))
 
 
@@ -364,22 +348,20 @@ def test_removal_leaves_what_is_others() -> None:
 
 
 def test_unsupported_names_what_is_not_done() -> None:
-    state = DesiredState(
-        (
-            service(1, scheduler=Scheduler.MAGLEV),
-            service(2, affinity_s=60),
-            service(3, protocol=Protocol.SCTP),
-            service(4, name=ServiceName("ns4", "svc4", "p80", 6), external=(frontend("NodePort", "", 3001),)),
-        ),
-        NodePortAddresses(frozenset({"::1"})),
+    wanted = state(
+        service(1, scheduler=Scheduler.MAGLEV),
+        service(2, affinity_s=60),
+        service(3, protocol=Protocol.SCTP),
+        service(4, family=6, external=(node_port(3001),)),
+        serving="::1",
     )
-    good = unsupported(state, families=frozenset({4, 6}), has_affinity=True, has_sctp=True)
+    good = unsupported(wanted, families=frozenset({4, 6}), has_affinity=True, has_sctp=True)
     assert [text.partition(": ")[0] for text in good] == [
         "scheduler maglev",
         "sessionAffinity",
         "NodePorts do not answer on ::1, for IPv6 has no route_localnet",
     ]
-    bad = unsupported(state, families=frozenset({4}), has_affinity=False, has_sctp=False)
+    bad = unsupported(wanted, families=frozenset({4}), has_affinity=False, has_sctp=False)
     assert [text.partition(": ")[0] for text in bad] == [
         "IPv6 is not served, as ip6tables can't be used",
         "scheduler maglev",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+import makers
 from ebpfproxy.dataplane.ipvs import sets as rules
 from ebpfproxy.dataplane.ipvs.dataplane import sysctls
 from ebpfproxy.dataplane.ipvs.render import Context, Renderer, context_of, render_service
@@ -14,51 +15,35 @@ from ebpfproxy.dataplane.ipvs.unsupported import unsupported
 from ebpfproxy.diff import diff
 from ebpfproxy.model.services import (
     Backend,
-    DesiredState,
     Empty,
     Frontend,
-    FrontendKind,
-    NodePortAddresses,
     Policy,
     Pool,
     Protocol,
     Scheduler,
     Service,
-    ServiceName,
 )
 from ebpfproxy.netlink.ipvs import Server
 from ebpfproxy.xtables import sets
 from ebpfproxy.xtables.chains import Chain
 from ebpfproxy.xtables.sets import Entry, Kind
+from makers import cluster_ip, external_ip, load_balancer, node_port, state
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ebpfproxy.model.services import Frontend, Service
     from rig.kernel import Netns
 
 HERE, FAR = Backend("10.244.0.1", 8080, is_local=True), Backend("10.244.1.1", 8080, weight=3)
-BOTH = Pool((HERE, FAR))
 CONTEXT = Context(frozenset({"192.0.2.1", "203.0.113.9", "127.0.0.1"}), ("192.0.2.1",))
 
 
-def frontend(kind: str, address: str, port: int = 80) -> Frontend:
-    return Frontend(FrontendKind(kind), address, port)
+CLUSTER_IP = cluster_ip()
 
 
-CLUSTER_IP = frontend("ClusterIP", "10.96.0.10")
-
-
-def service(*frontends: Frontend, **more: object) -> Service:
-    given: dict[str, object] = {
-        "name": ServiceName("default", "web", "http", 4),
-        "protocol": Protocol.TCP,
-        "frontends": (CLUSTER_IP, *frontends),
-        "backends": BOTH.backends,
-        "cluster": BOTH,
-        "local": Pool((HERE,)),
-        **more,
-    }
-    return Service(**given)  # type: ignore[arg-type]
+def service(*frontends: Frontend, name: str = "web:http", **more: Any) -> Service:
+    return makers.service(name, (HERE, FAR), (CLUSTER_IP, *frontends), **more)
 
 
 def shown(made: Service, context: Context = CONTEXT) -> list[str]:
@@ -112,7 +97,7 @@ ROWS = [
     Row("no endpoints", service(cluster=Pool(()), local=Pool(())), [f"-A {ONE} -s rr"]),
     Row(
         "a NodePort, on the node's addresses",
-        service(frontend("NodePort", "", 30080)),
+        service(node_port()),
         [
             f"-A {ONE} -s rr",
             "-A -t 192.0.2.1:30080 -s rr",
@@ -123,7 +108,7 @@ ROWS = [
     ),
     Row(
         "UDP and external policy Local",
-        service(frontend("ExternalIP", "203.0.113.5"), protocol=Protocol.UDP, external_policy=Policy.LOCAL),
+        service(external_ip("203.0.113.5"), protocol=Protocol.UDP, external_policy=Policy.LOCAL),
         [
             "-A -u 10.96.0.10:80 -s rr",
             "-A -u 203.0.113.5:80 -s rr",
@@ -145,13 +130,13 @@ def test_a_scheduler_that_only_ipvs_has() -> None:
     assert shown(service(scheduler=Scheduler.RR), context)[0].endswith("-s rr")
 
 
-LB = frontend("LoadBalancer", "203.0.113.7")
+LB = load_balancer("203.0.113.7")
 #: kube-proxy's sets; hash:ip,port and so on as ipset prints them.
 ENTRIES = [
     (service(), ["KUBE-LOOP-BACK 10.244.0.1,tcp:8080,10.244.0.1", "KUBE-CLUSTER-IP 10.96.0.10,tcp:80"]),
-    (service(frontend("ExternalIP", "203.0.113.5")), ["KUBE-EXTERNAL-IP 203.0.113.5,tcp:80"]),
+    (service(external_ip("203.0.113.5")), ["KUBE-EXTERNAL-IP 203.0.113.5,tcp:80"]),
     (
-        service(frontend("ExternalIP", "203.0.113.5"), external_policy=Policy.LOCAL),
+        service(external_ip("203.0.113.5"), external_policy=Policy.LOCAL),
         ["KUBE-EXTERNAL-IP-LOCAL 203.0.113.5,tcp:80"],
     ),
     (service(LB), ["KUBE-LOAD-BALANCER 203.0.113.7,tcp:80"]),
@@ -171,13 +156,13 @@ ENTRIES = [
         service(internal_policy=Policy.LOCAL, local=Pool((), Empty.DROP)),
         ["KUBE-NO-LOCAL-INTERNAL 10.96.0.10,tcp:80"],
     ),
-    (service(frontend("NodePort", "", 30080)), ["KUBE-NODE-PORT-TCP 30080"]),
+    (service(node_port()), ["KUBE-NODE-PORT-TCP 30080"]),
     (
-        service(frontend("NodePort", "", 30080), external_policy=Policy.LOCAL, protocol=Protocol.UDP),
+        service(node_port(), external_policy=Policy.LOCAL, protocol=Protocol.UDP),
         ["KUBE-NODE-PORT-UDP 30080", "KUBE-NODE-PORT-LOCAL-UDP 30080"],
     ),
     (
-        service(frontend("NodePort", "", 30080), protocol=Protocol.SCTP),
+        service(node_port(), protocol=Protocol.SCTP),
         ["KUBE-NODE-PORT-SCTP-HASH 192.0.2.1,sctp:30080"],
     ),
     (service(health_check_node_port=30123), ["KUBE-HEALTH-CHECK-NODE-PORT 30123"]),
@@ -211,9 +196,7 @@ def test_a_node_outside_of_the_source_ranges_is_barred() -> None:
 
 
 def test_vips_are_addresses_of_the_device_but_for_the_nodes_own() -> None:
-    found = Renderer().render(
-        [service(frontend("ExternalIP", "203.0.113.5"), frontend("ExternalIP", "203.0.113.9"))], CONTEXT
-    )
+    found = Renderer().render([service(external_ip("203.0.113.5"), external_ip("203.0.113.9"))], CONTEXT)
     assert set(found.addresses) == {"10.96.0.10", "203.0.113.5"}
     assert Entry("KUBE-IPVS-IPS", "203.0.113.5") in found.entries
     assert Entry("KUBE-IPVS-IPS", "203.0.113.9") not in found.entries
@@ -221,9 +204,7 @@ def test_vips_are_addresses_of_the_device_but_for_the_nodes_own() -> None:
 
 def test_a_change_costs_what_changed() -> None:
     renderer = Renderer()
-    other = service(
-        name=ServiceName("default", "other", "", 4), frontends=(frontend("ClusterIP", "10.96.0.11"),)
-    )
+    other = makers.service("other", [HERE, FAR], [cluster_ip("10.96.0.11")])
     before = renderer.render([service(), other], CONTEXT)
     after = renderer.render([service(cluster=Pool((FAR,))), other], CONTEXT)
     assert not diff(before.servers, after.servers)
@@ -235,8 +216,7 @@ def test_a_change_costs_what_changed() -> None:
 
 
 def test_context_has_no_loopback_node_ports() -> None:
-    addresses = NodePortAddresses(frozenset({"192.0.2.1", "127.0.0.1", "::1"}), frozenset({"192.0.2.1"}))
-    assert context_of(DesiredState((), addresses)).node_port_addresses == ("192.0.2.1",)
+    assert context_of(state(serving="192.0.2.1 127.0.0.1 ::1")).node_port_addresses == ("192.0.2.1",)
 
 
 class TestRules:
@@ -326,16 +306,12 @@ def test_sysctls(release: str, reuse: str | None) -> None:
 
 
 def test_unsupported() -> None:
-    state = DesiredState(
-        (
-            service(frontend("NodePort", "", 30080), external_policy=Policy.LOCAL),
-            service(name=ServiceName("default", "six", "", 6)),
-        ),
-        NodePortAddresses(frozenset({"127.0.0.1"})),
+    wanted = state(
+        service(node_port(), external_policy=Policy.LOCAL), service(name="six", family=6), serving="127.0.0.1"
     )
-    assert [text.partition(": ")[0] for text in unsupported(state, frozenset({4}))] == [
+    assert [text.partition(": ")[0] for text in unsupported(wanted, frozenset({4}))] == [
         "IPv6 is not served, as ip6tables can't be used",
-        ("externalTrafficPolicy Local"),
+        "externalTrafficPolicy Local",
         "NodePorts do not answer on 127.0.0.1 and ::1",
     ]
 
@@ -344,7 +320,7 @@ def test_unsupported() -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests/unit")
+sys.path[:0] = ["tests", "tests/unit"]
 from test_ipvs import CONTEXT, ENTRIES, TestRules
 from ebpfproxy.dataplane.ipvs import cleanup, sets as rules
 from ebpfproxy.dataplane.ipvs.render import render_service

@@ -22,7 +22,7 @@ from ebpfproxy.model.objects import (
     Service,
 )
 from ebpfproxy.model.services import Backend, DesiredState, Policy
-from fake_maps import cluster_ip, load_balancer, service
+from makers import cluster_ip, load_balancer, service
 
 ROOT = Path(__file__).resolve().parents[2]
 START = 1_700_000_000.0  # 2023-11-14T22:13:20Z

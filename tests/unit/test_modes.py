@@ -17,7 +17,7 @@ from ebpfproxy.dataplane.modes import Made, Site
 from ebpfproxy.dataplane.nftables import kernel
 from ebpfproxy.errors import ConfigError, DataplaneError, EbpfproxyError, KernelError, UnsupportedError
 from ebpfproxy.model.services import DesiredState
-from fake_maps import service
+from makers import service
 from unit.fakes import FakeDataplane
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import makers
 from ebpfproxy.dataplane.nftables import kernel, render
 from ebpfproxy.dataplane.nftables.dataplane import unsupported
 from ebpfproxy.dataplane.nftables.render import Node, Object
@@ -16,13 +18,12 @@ from ebpfproxy.dataplane.nftables.tables import Tables, transaction
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    NodePortAddresses,
     Policy,
     Protocol,
     Scheduler,
     Service,
 )
-from fake_maps import cluster_ip, external_ip, load_balancer, node_port, service
+from makers import cluster_ip, external_ip, load_balancer, node_port, service
 
 NODE = Node(frozenset({"192.0.2.1"}), 0x4000)
 A, B, C = (Backend(f"10.1.0.{n}", 8080) for n in (1, 2, 3))
@@ -196,16 +197,17 @@ def test_counting_schedulers_are_named() -> None:
     ("serves_loopback", "served"), [(True, {"127.0.0.1", "192.0.2.1"}), (False, {"192.0.2.1"})]
 )
 def test_node_ports_on_loopback_can_be_switched_off(serves_loopback: bool, served: set[str]) -> None:
-    addresses = NodePortAddresses(frozenset({"127.0.0.1", "192.0.2.1"}))
-    made = render.node_fragment(DesiredState((), addresses), (4,), serves_loopback=serves_loopback)
+    made = render.node_fragment(
+        makers.state(serving="127.0.0.1 192.0.2.1"), (4,), serves_loopback=serves_loopback
+    )
     assert {each.key for each in made.objects if each.name == "node-addresses"} == served
 
 
 # --- changes ------------------------------------------------------------------------------------------------
 
 
-def state(*services: Service, **more: object) -> DesiredState:
-    return DesiredState(services, NodePortAddresses(frozenset({"192.0.2.1"}), NODE.local), **more)  # type: ignore[arg-type]
+def state(*services: Service, **more: Any) -> DesiredState:
+    return makers.state(*services, serving="192.0.2.1", **more)
 
 
 def step(tables: Tables, wanted: DesiredState) -> str:

@@ -30,24 +30,13 @@ from ebpfproxy.libbpf import lib
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    NodePortAddresses,
     Policy,
     Readiness,
     Scheduler,
     Service,
 )
-from fake_maps import (
-    LIMITS,
-    FakeMap,
-    cluster_ip,
-    expected,
-    fake_maps,
-    follow,
-    load_balancer,
-    node_port,
-    service,
-    single_writes,
-)
+from fake_maps import LIMITS, FakeMap, expected, fake_maps, follow, single_writes
+from makers import cluster_ip, load_balancer, node_port, service, state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,9 +75,7 @@ def services(draw: st.DrawFn, number: int) -> Service:
 @st.composite
 def states(draw: st.DrawFn) -> DesiredState:
     wanted = [draw(services(n)) for n in (1, 2, 3) if draw(st.booleans())]
-    return DesiredState(
-        tuple(wanted), NodePortAddresses(frozenset({"192.0.2.1"}), frozenset({"192.0.2.1", "127.0.0.1"}))
-    )
+    return state(*wanted, serving="192.0.2.1", local="127.0.0.1")
 
 
 def reached(maps: dict[str, FakeMap]) -> dict[tuple[str, int, int, bool], frozenset[tuple[str, int]]]:
@@ -132,19 +119,19 @@ def test_readers_see_the_old_or_the_new_set_after_every_single_write(history: li
     tables = Tables({}, LIMITS)
     before = DesiredState(())
     held: dict[bytes, bytes] = {}  # what slow readers got from map services -> the slots they will read
-    for number, state in enumerate(history):
+    for number, wanted in enumerate(history):
         now_s = number * SLOT_GRACE_S / 10
         tables.collect(now_s)
-        assert tables.update(state) == []
+        assert tables.update(wanted) == []
         deltas = tables.delta()
         for step in single_writes(make_plan(deltas)):
             apply([step], maps)
-            check_readers(maps, [list(before.services), list(state.services)])
+            check_readers(maps, [list(before.services), list(wanted.services)])
             assert all(slots_of(maps, value) == content for value, content in held.items())
         tables.commit(deltas, now_s)
-        assert reached(maps) == expected(state.services)
+        assert reached(maps) == expected(wanted.services)
         held |= {value: slots_of(maps, value) for value in maps["services"].entries.values()}
-        before = state
+        before = wanted
 
 
 @settings(max_examples=60, deadline=None)

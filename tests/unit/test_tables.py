@@ -24,35 +24,19 @@ from ebpfproxy.libbpf import ffi, lib
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    NodePortAddresses,
     Policy,
     Protocol,
     Readiness,
     Scheduler,
-    Service,
 )
-from fake_maps import (
-    LIMITS,
-    FakeMap,
-    cluster_ip,
-    expected,
-    fake_maps,
-    follow,
-    load_balancer,
-    node_port,
-    service,
-)
+from fake_maps import LIMITS, FakeMap, expected, fake_maps, follow
+from makers import cluster_ip, load_balancer, node_port, service, state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 TCP = 6
 A, B, C = (Backend(f"10.1.0.{n}", 8080, is_local=n == 1) for n in (1, 2, 3))
-
-
-def state(*services: Service, serving: str = "", local: str = "") -> DesiredState:
-    addresses = NodePortAddresses(frozenset(serving.split()), frozenset(f"{serving} {local}".split()))
-    return DesiredState(services, addresses)
 
 
 class Kernel:

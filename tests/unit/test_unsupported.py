@@ -7,7 +7,7 @@ import pytest
 
 from ebpfproxy.dataplane.bpf.dataplane import unsupported
 from ebpfproxy.model.services import Backend, DesiredState, Policy, Protocol, Service
-from fake_maps import cluster_ip, load_balancer, node_port, service
+from makers import cluster_ip, load_balancer, node_port, service
 
 HERE, THERE = Backend("10.1.0.1", 80, is_local=True), Backend("10.1.0.2", 80)
 PLAIN = service("web", [HERE, THERE], [cluster_ip("10.96.0.1")])

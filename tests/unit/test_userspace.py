@@ -7,13 +7,13 @@ import collections
 import ipaddress
 import itertools
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import makers
 from ebpfproxy import config
 from ebpfproxy.dataplane.userspace import features, gate, netfilter, pump
 from ebpfproxy.dataplane.userspace.balance import Balancer
@@ -24,53 +24,34 @@ from ebpfproxy.errors import ConfigError
 from ebpfproxy.model.services import (
     Backend,
     DesiredState,
-    Empty,
     Frontend,
-    FrontendKind,
-    NodePortAddresses,
     Policy,
-    Pool,
     Protocol,
     Service,
-    ServiceName,
 )
+from makers import cluster_ip, external_ip, load_balancer, node_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ebpfproxy.model.services import DesiredState, Frontend, Service
+
 HERE, THERE = Backend("10.244.0.11", 8080, is_local=True), Backend("10.244.1.12", 8080)
-NODE = NodePortAddresses(frozenset({"192.0.2.1", "127.0.0.1"}), frozenset({"192.0.2.1", "127.0.0.1"}))
+CLUSTER_IP, NODE_PORT, BALANCED = cluster_ip(), node_port(), load_balancer("203.0.113.15")
 
 
 def service(
     name: str = "web",
     *frontends: Frontend,
     backends: tuple[Backend, ...] = (HERE, THERE),
-    external: Policy = Policy.CLUSTER,
-    internal: Policy = Policy.CLUSTER,
-    **more: object,
+    **more: Any,
 ) -> Service:
-    local = tuple(each for each in backends if each.is_local)
-    made = Service(
-        name=ServiceName("default", name, "http", 4),
-        protocol=Protocol.TCP,
-        frontends=frontends or (Frontend(FrontendKind.CLUSTER_IP, "10.96.0.10", 80),),
-        backends=backends,
-        cluster=Pool(backends),
-        local=Pool(local, Empty.DROP if backends else Empty.REJECT),
-        external_policy=external,
-        internal_policy=internal,
-    )
-    return msgspec.structs.replace(made, **more)
+    return makers.service(f"{name}:http", backends, frontends or (CLUSTER_IP,), **more)
 
 
 def state(*services: Service) -> DesiredState:
-    return DesiredState(services, NODE, frozenset({"10.244.0.0/24"}))
+    return makers.state(*services, serving="192.0.2.1 127.0.0.1", local_sources=frozenset({"10.244.0.0/24"}))
 
-
-CLUSTER_IP = Frontend(FrontendKind.CLUSTER_IP, "10.96.0.10", 80)
-NODE_PORT = Frontend(FrontendKind.NODE_PORT, "", 30080)
-BALANCED = Frontend(FrontendKind.LOAD_BALANCER, "203.0.113.15", 80)
 
 FATES = [
     # frontend, external policy, internal policy, backends -> inside, outside
@@ -93,15 +74,15 @@ def test_fate_by_policy_and_side(
     backends: tuple[Backend, ...],
     fates: tuple[str, str] | None,
 ) -> None:
-    made = service("web", frontend, backends=backends, external=Policy(external), internal=Policy(internal))
+    made = service(
+        "web", frontend, backends=backends, external_policy=Policy(external), internal_policy=Policy(internal)
+    )
     listeners = render(state(made), Settings(), ()).listeners
     assert [(each.inside, each.outside) for each in listeners.values()] == ([fates] if fates else [])
 
 
 def test_source_ranges_guard_the_load_balancer_address_alone() -> None:
-    made = service(
-        "web", CLUSTER_IP, NODE_PORT, BALANCED, source_ranges=("198.51.100.0/24",), has_source_ranges=True
-    )
+    made = service("web", CLUSTER_IP, NODE_PORT, BALANCED, source_ranges=("198.51.100.0/24",))
     want = render(state(made), Settings(), ())
     ranges = {door.address: want.listeners[key].ranges for door, key in want.redirects.to.items()}
     assert ranges == {"10.96.0.10": None, "": None, "203.0.113.15": ("198.51.100.0/24",)}
@@ -115,7 +96,7 @@ def test_the_node_and_its_pods_are_inside() -> None:
 
 def test_an_address_to_listen_on_stands_for_cluster_ips_or_for_the_vip_that_it_is() -> None:
     first = service("first", CLUSTER_IP, NODE_PORT, BALANCED)
-    second = service("second", Frontend(FrontendKind.CLUSTER_IP, "10.96.0.11", 80))
+    second = service("second", cluster_ip("10.96.0.11"))
     want = render(state(first, second), Settings(), ("192.0.2.1", "203.0.113.15", "2001:db8::1"))
     assert {(each.service, each.address, each.port) for each in want.listeners.values()} == {
         ("default/first:http/TCP/4", "192.0.2.1", 80),
@@ -170,7 +151,7 @@ def test_a_node_port_has_one_iptables_rule_for_each_address() -> None:
 
 
 def test_an_address_of_the_node_as_external_ip_refuses_its_own_port_only() -> None:
-    frontend = Frontend(FrontendKind.EXTERNAL_IP, "192.0.2.1", 443)
+    frontend = external_ip("192.0.2.1", 443)
     redirects = render(state(service("web", frontend, backends=())), Settings(), ()).redirects
     assert redirects.refused == {Door(4, "192.0.2.1", "TCP", 443)}
     assert redirects.vips[4] == frozenset()
@@ -346,7 +327,7 @@ def test_addresses_to_listen_on_are_checked() -> None:
 
 def test_what_it_does_not_do_is_said() -> None:
     sctp = service("phone", protocol=Protocol.SCTP)
-    local = service("shop", NODE_PORT, external=Policy.LOCAL)
+    local = service("shop", NODE_PORT, external_policy=Policy.LOCAL)
     outside = service("mail", BALANCED)
     sentences = features.unsupported(state(sctp, local, outside), is_listening=True)
     about = [text.rsplit(": ", 1)[1] for text in sentences]
