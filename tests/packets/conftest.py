@@ -8,6 +8,7 @@ import pytest
 
 from packets.loading import load
 from packets.node import V4, V6, Family, Node
+from packets.path import Driver
 from rig import kernel
 
 if TYPE_CHECKING:
@@ -46,3 +47,11 @@ def node(programs: Loaded) -> Node:
 def family(request: pytest.FixtureRequest) -> Family:
     """Both IP versions."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["tc_ingress", "xdp_lb"])
+def driver(node: Node, request: pytest.FixtureRequest) -> Driver:
+    """One of the two programs that see a packet first."""
+    if request.param not in node.loaded.programs:
+        pytest.skip("this loader has no XDP")
+    return Driver(node, request.param)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ebpfproxy.loader import Loaded
 
 SECOND_NS = 10**9
+#: Of most Services here, their backends and clients.
+PORT, BACKEND_PORT, CLIENT_PORT = 80, 8080, 40000
 NODE_PORTS = (30000, 32767)
 SNAT_PORTS = (61000, 61999)
 UDP_IDLE_S = 60

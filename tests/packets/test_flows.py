@@ -32,7 +32,18 @@ from scapy.layers.sctp import (
 from scapy.packet import raw
 
 from ebpfproxy.libbpf import lib
-from packets.node import L4, Backend, Family, Node, finished, frame, translated
+from packets.node import (
+    BACKEND_PORT,
+    CLIENT_PORT,
+    L4,
+    PORT,
+    Backend,
+    Family,
+    Node,
+    finished,
+    frame,
+    translated,
+)
 
 if TYPE_CHECKING:
     from scapy.packet import Packet
@@ -52,7 +63,6 @@ CHUNKS = {
     "ABORT": SCTPChunkAbort,
 }
 DIRECTIONS = {"forward": lib.FLOW_FORWARD, "reply": lib.FLOW_REPLY, "all": None}
-CLIENT_PORT, PORT, BACKEND_PORT = 40000, 80, 8080
 
 TCP_WALKS = {
     "a whole connection, client closes first": """

@@ -19,15 +19,28 @@ from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
 from scapy.packet import Packet, Raw, raw
 
 from ebpfproxy.libbpf import ffi, lib
-from packets.node import SECOND_NS, V4, V6, Backend, Family, Node, finished, frame, to_bytes, translated
-from packets.test_dsr import Driver, arriving, backend_node, way
+from packets.node import (
+    BACKEND_PORT,
+    CLIENT_PORT,
+    PORT,
+    SECOND_NS,
+    V4,
+    V6,
+    Backend,
+    Family,
+    Node,
+    finished,
+    frame,
+    to_bytes,
+    translated,
+)
+from packets.path import Driver, arriving, backend_node, way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.root
 
-CLIENT_PORT, PORT, BACKEND_PORT = 40000, 80, 8080
 SIZE = 1280
 
 

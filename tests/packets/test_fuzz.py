@@ -52,8 +52,16 @@ from packets.node import (
     struct_of,
     to_bytes,
 )
-from packets.test_dsr import OTHER_NODE, XDP_DROP, XDP_PASS, XDP_TX, arriving, way
-from packets.test_snat import know_reply_hops
+from packets.path import (
+    OTHER_NODE,
+    ROUTER,
+    XDP_DROP,
+    XDP_PASS,
+    XDP_TX,
+    arriving,
+    know_reply_hops,
+    way,
+)
 from packets.wire import Flow, mend, read
 
 if TYPE_CHECKING:
@@ -79,7 +87,6 @@ ACTIONS = {
 SHORTEST = 15
 SHORTEST_IP = {b"\x08\x00": 14 + 20, b"\x86\xdd": 14 + 40}
 STRANGER = {4: "198.51.100.200", 6: "2001:db8:9::9"}
-ROUTER = {4: "198.51.100.77", 6: "2001:db8:7::77"}
 CLIENT_PORTS = (40000, 40001, 61005)
 #: Each frontend has a backend port of its own: no two flows meet at one backend.
 #: name: VIP's field, port, protocols, whose backend, how.

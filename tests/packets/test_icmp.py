@@ -25,9 +25,24 @@ from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit, SCTPChunkInitA
 from scapy.packet import Packet, Raw, raw
 
 from ebpfproxy.libbpf import ffi, lib
-from packets.node import V4, V6, Backend, Family, Node, finished, frame, struct_of, to_bytes, translated
-from packets.test_dsr import (
+from packets.node import (
+    BACKEND_PORT,
+    CLIENT_PORT,
+    PORT,
+    V4,
+    V6,
+    Backend,
+    Family,
+    Node,
+    finished,
+    frame,
+    struct_of,
+    to_bytes,
+    translated,
+)
+from packets.path import (
     HERE_MAC,
+    ROUTER,
     THERE_MAC,
     Driver,
     Result,
@@ -40,11 +55,10 @@ from packets.test_dsr import (
 
 pytestmark = pytest.mark.root
 
-CLIENT_PORT, PORT, BACKEND_PORT, MTU = 40000, 80, 8080, 1300
+MTU = 1300
 ETHER = Ether(dst="02:00:00:00:00:01", src="02:00:00:00:00:02")
 BACK = Ether(dst=ETHER.src, src=ETHER.dst)
 SENT = Ether(dst=THERE_MAC, src=HERE_MAC)
-ROUTER = {4: "198.51.100.77", 6: "2001:db8:7::77"}
 #: RFC 792, RFC 1191; RFC 4443 3.
 ERRORS = {
     4: {

@@ -16,9 +16,8 @@ from scapy.packet import raw
 from ebpfproxy.dataplane.bpf import view
 from ebpfproxy.libbpf import lib
 from packets.loading import load
-from packets.node import TC_ACT_UNSPEC, V4, Backend, Family, Node, finished, frame
-from packets.test_dsr import XDP_PASS, Driver, driver
-from packets.test_snat import know_reply_hops, remote
+from packets.node import BACKEND_PORT, PORT, TC_ACT_UNSPEC, V4, Backend, Family, Node, finished, frame
+from packets.path import XDP_PASS, Driver, know_reply_hops, remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +26,9 @@ if TYPE_CHECKING:
     from packets.node import Service
     from rig import kernel
 
-__all__ = ["driver"]  # a fixture
-
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 SOURCES = int(os.environ.get("EBPFPROXY_FLOOD_SOURCES", "100000"))
-PORT, BACKEND_PORT = 80, 8080
 SIZES = {"conntrack": 64, "new_flows": 512, "affinity": 128, "fragments": 128}
 
 

@@ -14,19 +14,27 @@ from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit, SCTPChunkInitA
 from scapy.packet import raw
 
 from ebpfproxy.libbpf import ffi, lib
-from packets.node import SNAT_PORTS, Backend, Family, Node, finished, frame, struct_of, to_bytes, translated
-from packets.test_dsr import HERE_MAC, THERE_MAC, Driver, driver, hops, way
+from packets.node import (
+    BACKEND_PORT,
+    CLIENT_PORT,
+    PORT,
+    SNAT_PORTS,
+    Backend,
+    Family,
+    finished,
+    frame,
+    struct_of,
+    to_bytes,
+    translated,
+)
+from packets.path import HERE_MAC, THERE_MAC, Driver, hops, know_reply_hops, remote, way
 
 if TYPE_CHECKING:
     from scapy.packet import Packet
 
-    from packets.node import Service
-
-__all__ = ["driver"]  # a fixture
 
 pytestmark = pytest.mark.root
 
-PORT, BACKEND_PORT, CLIENT_PORT = 80, 8080, 40000
 L4 = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 #: What each side says in turn: client, backend, client, backend.
 SAID: dict[str, tuple[Any, ...]] = {
@@ -36,37 +44,12 @@ SAID: dict[str, tuple[Any, ...]] = {
 }
 
 
-def remote(node: Node, family: Family, proto: str = "TCP", **options: int) -> Service:
-    """Make a Service whose one backend is on another node, and its next hop known."""
-    flags = options.pop("flags", lib.SERVICE_SNAT)
-    made = node.service(
-        family.vip, PORT, family.backends[:1], proto=proto, kind=lib.VIP_LOAD_BALANCER, flags=flags
-    )
-    node.vip(family.node, lib.VIP_LOCAL | lib.VIP_SNAT)
-    way(node, made.backends[0], family, **options)
-    return made
-
-
 def header(proto: str, step: int, sport: int, dport: int) -> Packet:
     """Return what is said at a step, with these ports."""
     said = SAID[proto][step]
     if proto == "SCTP":
         return SCTP(sport=sport, dport=dport, tag=1) / (said or SCTPChunkData(data=b"5678"))
     return L4[proto](sport=sport, dport=dport, **said)
-
-
-def know_reply_hops(node: Node) -> None:
-    """Let the way back to every client be known."""
-    for name in ("new_flows", "conntrack"):
-        for key, value in node.map(name).items():
-            flow = ffi.new("struct flow *")
-            ffi.memmove(flow, value, len(value))
-            if ffi.from_buffer("struct flow_key *", key).dir == lib.FLOW_REPLY:
-                hop = flow.hop
-                hop.device, hop.mtu, hop.kind, hop.until = 1, 1500, lib.HOP_FORWARD, 2**31 - 1
-                for member, mac in (("to_mac", THERE_MAC), ("from_mac", HERE_MAC)):
-                    ffi.memmove(getattr(hop, member), bytes.fromhex(mac.replace(":", "")), 6)
-                node.map(name).update(key, to_bytes(flow))
 
 
 def sent_on(packet: Packet, family: Family, **fields: object) -> bytes:
