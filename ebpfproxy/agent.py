@@ -573,6 +573,7 @@ class Agent:
             health.Snapshot(
                 healthz_at=health.Bind(*settings.healthz_bind) if settings.healthz_bind else None,
                 metrics_at=health.Bind(*settings.metrics_bind) if settings.metrics_bind else None,
+                state_at=health.Bind(str(self._place.state_dir / status.SOCKET)),
                 must_bind=settings.must_bind,
                 hosts=("",) if is_everywhere or state is None else tuple(sorted(state.addresses.serving)),
                 state=state,

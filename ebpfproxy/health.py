@@ -1,4 +1,4 @@
-"""The HTTP servers: health of the agent, health of Services with a healthCheckNodePort, and metrics.
+"""The HTTP servers: health of the agent and of Services with a healthCheckNodePort, metrics, desired state.
 
 All of them live in one background thread with an asyncio loop (pyroute2 imports asyncio anyway): a
 thousand listeners need no threads, a slow client costs a timer. The agent hands over a ``Snapshot`` and goes
@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -43,6 +44,7 @@ _STUCK_S = 60.0  # the agent's loop comes round every second
 _CLOSE_S = 5.0  # how long the thread may take to end
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
+_MSGPACK = "application/msgpack"
 # Go's zero time, which is what kube-proxy shows before its first sync.
 _NEVER = "0001-01-01T00:00:00Z"
 
@@ -50,14 +52,14 @@ _NEVER = "0001-01-01T00:00:00Z"
 class Bind(NamedTuple):
     """Where to listen."""
 
-    host: str  # "" = every address of this host, both families
-    port: int
+    host: str  # "" = every address of this host, both families; a path: a unix socket, for root alone
+    port: int = 0
 
 
 class Site(NamedTuple):
     """What answers there."""
 
-    kind: str  # healthz | metrics | service
+    kind: str  # healthz | metrics | service | state
     namespace: str = ""
     name: str = ""
 
@@ -67,7 +69,8 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     healthz_at: Bind | None = None
     metrics_at: Bind | None = None
-    must_bind: bool = False  # an agent that can't bind one of these two shall end
+    state_at: Bind | None = None
+    must_bind: bool = False  # an agent that can't bind one of the first two shall end
     hosts: tuple[str, ...] = ("",)  # where healthCheckNodePorts are
     state: DesiredState | None = None  # as it was last programmed
     reach: Reach | None = None  # of an API server; None: Services come from files
@@ -132,6 +135,8 @@ def sites(snapshot: Snapshot, local: Mapping[Site, LocalEndpoints]) -> dict[Bind
         wanted[snapshot.metrics_at] = Site("metrics")
     if snapshot.healthz_at:
         wanted[snapshot.healthz_at] = Site("healthz")
+    if snapshot.state_at:
+        wanted[snapshot.state_at] = Site("state")
     return wanted
 
 
@@ -286,8 +291,10 @@ class Health:
                 self._changed.clear()
         finally:
             self._is_running.clear()
-            for server in self._servers.values():
+            for bind, server in self._servers.items():
                 server.close()
+                if _is_path(bind):
+                    Path(bind.host).unlink(missing_ok=True)
 
     async def _listen(self) -> None:
         """Make exactly the wanted servers listen, as far as that can be."""
@@ -303,10 +310,9 @@ class Health:
                 if bind not in self._servers:
                     self._servers[bind] = await self._open(bind)
             except OSError as error:
-                problems.append(
-                    f"listen on {_address(bind)} for {_purpose(site)}: {os.strerror(error.errno or 0)}"
-                )
-                is_fatal = is_fatal or (snapshot.must_bind and site.kind != "service")
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                problems.append(f"listen on {_address(bind)} for {_purpose(site)}: {reason}")
+                is_fatal = is_fatal or (snapshot.must_bind and site.kind in {"healthz", "metrics"})
             else:
                 self._sites[bind] = site
         self.problems, self.is_fatal = tuple(problems), is_fatal
@@ -321,9 +327,10 @@ class Health:
     async def _open(self, bind: Bind) -> asyncio.Server:
         import asyncio
 
-        return await asyncio.start_server(
-            functools.partial(self._answer, bind), sock=_socket(bind), limit=_HEAD_MAX
-        )
+        serve = functools.partial(self._answer, bind)
+        if _is_path(bind):
+            return await asyncio.start_unix_server(serve, sock=_unix_socket(bind.host), limit=_HEAD_MAX)
+        return await asyncio.start_server(serve, sock=_socket(bind), limit=_HEAD_MAX)
 
     async def _answer(self, bind: Bind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -371,6 +378,8 @@ class Health:
             return Response(200, snapshot.facts.mode.encode(), _TEXT)
         elif site and site.kind == "metrics" and path == "/healthz":
             return Response(200, b"ok", _TEXT)
+        elif site and site.kind == "state" and snapshot.state is not None:
+            return Response(200, await asyncio.to_thread(msgspec.msgpack.encode, snapshot.state), _MSGPACK)
         return _NOT_FOUND
 
     def _scrape(self) -> bytes:
@@ -390,7 +399,7 @@ class Health:
 def _listening(snapshot: Snapshot) -> tuple[object, ...]:
     """Return what ``sites`` is made of, to be compared by identity where it is large."""
     services = id(snapshot.state.services) if snapshot.state else 0
-    return services, snapshot.hosts, snapshot.healthz_at, snapshot.metrics_at
+    return services, snapshot.hosts, snapshot.healthz_at, snapshot.metrics_at, snapshot.state_at
 
 
 def _socket(bind: Bind) -> socket.socket:
@@ -405,7 +414,28 @@ def _socket(bind: Bind) -> socket.socket:
     return socket.create_server(bind, backlog=128)
 
 
+def _is_path(bind: Bind) -> bool:
+    return bind.host.startswith("/")
+
+
+def _unix_socket(path: str) -> socket.socket:
+    """Return a socket that only root can connect to; one that an agent left which was killed makes room."""
+    import socket
+
+    Path(path).unlink(missing_ok=True)
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.bind(path)
+        Path(path).chmod(0o600)  # nobody can connect before it listens
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def _address(bind: Bind) -> str:
+    if _is_path(bind):
+        return bind.host
     host = f"[{bind.host}]" if ":" in bind.host else bind.host or "*"
     return f"{host}:{bind.port}"
 
@@ -413,4 +443,5 @@ def _address(bind: Bind) -> str:
 def _purpose(site: Site) -> str:
     if site.kind == "service":
         return f"the healthCheckNodePort of {site.namespace}/{site.name}"
-    return "health checks (healthzBindAddress)" if site.kind == "healthz" else "metrics (metricsBindAddress)"
+    purposes = {"healthz": "health checks (healthzBindAddress)", "metrics": "metrics (metricsBindAddress)"}
+    return purposes.get(site.kind, "ebpfproxy explain")

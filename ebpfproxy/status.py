@@ -1,4 +1,4 @@
-"""What the agent says of itself in a file, for ``ebpfproxy status``."""
+"""What the agent says of itself in a file, for ``ebpfproxy status``, and where it tells the desired state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE = "status.json"
+#: In the state directory too: a unix socket that answers HTTP with the desired state, in MessagePack.
+SOCKET = "agent.sock"
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -19,9 +19,13 @@ INTRODUCTION = """\
 
 Made by `scripts/cli_docs.py` from the program's own grammar.
 
-Commands that are nouns read, verbs change. Reading works from the pinned maps: it needs no agent, only the
-right to read them (root), and `--bpffs` where the BPF file system is not at its usual place. Every noun knows
-`-o table|wide|json|yaml`; tables are for people, the field names of JSON and YAML stay.
+Commands that are nouns read, verbs change. In mode `bpf` reading works from the pinned maps: it needs no
+agent, only the right to read them (root), and `--bpffs` where the BPF file system is not at its usual place.
+Every noun knows `-o table|wide|json|yaml`; tables are for people, the field names of JSON and YAML stay.
+
+In other modes `explain` says what the running agent wants, and `services`, `backends`, `connections`,
+`affinity`, `stats` and `maps` say which command shows the same ([modes](dataplanes.md#reading)); they find
+the mode in `--state-dir`.
 
 `ebpfproxy completion bash|zsh` prints a completion script; `make completion` installs both.
 

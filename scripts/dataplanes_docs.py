@@ -41,6 +41,16 @@ connection that it translates has ended.
 
 `ebpfproxy cleanup` removes what any mode ever made.
 
+## Reading
+
+`ebpfproxy explain VIP:PORT` says in every mode who gets a connection, and why others don't: in mode `bpf`
+from the maps, in others from what the running agent wants (it answers at `agent.sock` in the state directory,
+root alone). The commands that list read the maps of mode `bpf`; in other modes they name those of this table.
+
+| mode | Services and backends | connections |
+|---|---|---|
+{reading}
+
 ## What each mode does
 
 """
@@ -49,6 +59,7 @@ connection that it translates has ended.
 def document() -> str:
     """Return the whole document."""
     ways = [f"| `{each.name}` | {each.works_by} | {each.needs} |" for each in modes.TABLE]
+    reading = [f"| `{each.name}` | `{each.services_by}` | `{each.connections_by}` |" for each in modes.TABLE]
     names = [each.name for each in modes.TABLE]
     rows, reasons = [], []
     for feature in capabilities.FEATURES:
@@ -64,7 +75,7 @@ def document() -> str:
         + "| mode | works by | needs |\n|---|---|---|\n"
         + "\n".join(ways)
         + "\n"
-        + SWITCHING
+        + SWITCHING.format(reading="\n".join(reading))
         + f"| | {' | '.join(f'`{name}`' for name in names)} |\n|---|{'---|' * len(names)}\n"
         + "\n".join(rows)
         + "\n\n"

@@ -75,7 +75,7 @@ def _remove_state(directory: Path) -> list[str]:
     if copies.is_dir():
         shutil.rmtree(copies)
         removed.append(f"directory {copies}")
-    for name in (agent.LEDGER_FILE, status.FILE, chosen.RECORD, agent.LOCK_FILE):
+    for name in (agent.LEDGER_FILE, status.FILE, status.SOCKET, chosen.RECORD, agent.LOCK_FILE):
         path = directory / name
         if path.exists():
             path.unlink()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ebpfproxy.cli import output, pins
+from ebpfproxy.cli import desired, output, pins
 from ebpfproxy.cli.exit_codes import ExitCode
 from ebpfproxy.cli.output import Column
 from ebpfproxy.dataplane.bpf import view
@@ -33,12 +33,22 @@ _EXCLUDED: list[Column[view.Excluded]] = [
 def run(arguments: argparse.Namespace) -> ExitCode:
     """Print the explanation; exit status 3 if no frontend matches."""
     target = arguments.target
-    with pins.open_maps(arguments.bpffs) as maps:
-        found = view.explain(maps, target.vip, target.port, Protocol(target.protocol), arguments.source)
+    asked = target.vip, target.port, Protocol(target.protocol), arguments.source
+    mode = pins.other_mode(arguments)
+    if mode is None:
+        with pins.open_maps(arguments.bpffs) as maps:
+            found = view.explain(maps, *asked)
+    else:
+        found = desired.explain(desired.read(arguments.state_dir), *asked)
     if arguments.output in ("json", "yaml"):
         output.encode(found, arguments.output)
     else:
         print("\n".join(_text(found)))
+        if mode is not None:
+            print(
+                f"\nThis is what the agent wants in mode {mode.name}; `{mode.services_by}` shows what the "
+                f"kernel has, `{mode.connections_by}` its connections."
+            )
     return ExitCode.OK if found.matches else ExitCode.NOTHING
 
 

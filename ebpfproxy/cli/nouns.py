@@ -98,7 +98,7 @@ def stats(arguments: argparse.Namespace) -> ExitCode:
         ]
         if arguments.service or arguments.namespace or arguments.protocol:
             raise ConfigError("stats --verdicts: verdicts are counted for the node, not for a Service")
-        with pins.open_maps(arguments.bpffs) as opened:
+        with pins.maps_for(arguments) as opened:
             show(view.verdicts(opened), columns, arguments.output, empty="there are no verdicts")
         return ExitCode.OK
     if arguments.of == "backends":
@@ -153,7 +153,7 @@ def maps(arguments: argparse.Namespace) -> ExitCode:
         Column("FULL", lambda row: f"{row.percent:.1f}%"),
         Column("MEMORY", lambda row: size(row.bytes)),
     ]
-    with pins.open_maps(arguments.bpffs) as opened:
+    with pins.maps_for(arguments) as opened:
         show(view.map_usage(opened), columns, arguments.output, empty="there are no maps")
     return ExitCode.OK
 
@@ -171,7 +171,7 @@ def _list(
     """
     is_chosen = arguments.namespace or arguments.service
     matches = service_filter(arguments.namespace, arguments.service) if is_chosen else None
-    with pins.open_maps(arguments.bpffs) as opened:
+    with pins.maps_for(arguments) as opened:
         if matches and arguments.service and not view.services(opened, matches):
             raise NothingError(
                 f"no Service {arguments.service} is programmed"

@@ -29,7 +29,8 @@ _KINDS = ("forwarded", "dsr", "dsr-in", "socket")
 STATE_DIR = Path("/var/lib/ebpfproxy")
 
 _EPILOG = """\
-Commands that are nouns read, verbs change. Reading works from the pinned maps: no agent need run.
+Commands that are nouns read, verbs change. In mode bpf reading works from the pinned maps: no agent need run.
+In other modes `explain` asks the running agent, and nouns say which command shows the same.
 
 exit status:
   0    done; what was asked for is there
@@ -440,6 +441,7 @@ def _nouns(commands: _Commands) -> None:
         _filters(noun, protocol=noun is not affinity)
         _output(noun)
         _bpffs(noun)
+        _state_dir(noun)
 
     for name, what in (
         ("client", "of this client: ADDRESS or ADDRESS:PORT"),
@@ -466,8 +468,8 @@ def _nouns(commands: _Commands) -> None:
         "explain",
         _lazily("explain"),
         "what happens to a connection to a VIP, and why",
-        "Say which frontend a connection matches, which backends are candidates and why others are not, read "
-        "from the live maps.",
+        "Say which frontend a connection matches, which backends are candidates and why others are not: in "
+        "mode bpf from the live maps, in other modes from what the running agent wants.",
     )
     explain.add_argument(
         "target",
@@ -484,10 +486,12 @@ def _nouns(commands: _Commands) -> None:
     )
     _output(explain)
     _bpffs(explain)
+    _state_dir(explain)
 
     maps = commands.add("maps", _lazily("nouns", "maps"), "fill and limit of each BPF map")
     _output(maps)
     _bpffs(maps)
+    _state_dir(maps)
 
     status = commands.add(
         "status", _lazily("status"), "the agent, its last sync, and what the kernel counted"

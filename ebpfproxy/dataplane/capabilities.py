@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from ebpfproxy.model.services import Service
 
 
 class Feature(NamedTuple):
@@ -228,3 +230,9 @@ def by_reason(limits: Mapping[str, str]) -> dict[str, list[str]]:
     for mode, reason in limits.items():
         found.setdefault(reason, []).append(mode)
     return found
+
+
+def named(services: Iterable[Service]) -> str:
+    """Return the names of the first few, for the end of a sentence."""
+    names = sorted({str(service.name) for service in services})
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

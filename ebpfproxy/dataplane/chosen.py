@@ -124,7 +124,8 @@ class ChosenDataplane:
     @property
     def usual_scheduler(self) -> Scheduler:
         """The scheduler of Services that name none, if the configuration does not."""
-        return next((each.scheduler for each in modes.TABLE if each.name == self.mode), Scheduler.RANDOM)
+        found = modes.find(self.mode)
+        return found.scheduler if found else Scheduler.RANDOM
 
     @property
     def loader(self) -> str:
@@ -158,10 +159,9 @@ class ChosenDataplane:
         """Return one sentence for each thing in ``state`` that the mode does not do."""
         sentences = self._running().unsupported(state)
         # The same for all modes but one.
-        if (why := capabilities.limit(self.mode, "dsr")) and any(each.is_dsr for each in state.services):
-            names = list(dict.fromkeys(str(each.name) for each in state.services if each.is_dsr))
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            sentences.append(f"forwarding dsr: {why}: {', '.join(names[:3])}{more}")
+        found = [each for each in state.services if each.is_dsr]
+        if found and (why := capabilities.limit(self.mode, "dsr")):
+            sentences.append(f"forwarding dsr: {why}: {capabilities.named(found)}")
         return sentences
 
     def reading(self) -> metrics.Reading:

@@ -30,6 +30,8 @@ class Mode(NamedTuple):
     works_by: str  # for people
     needs: str  # of the machine
     scheduler: Scheduler = Scheduler.RANDOM  # of Services that name none, if the configuration does not
+    services_by: str = "ebpfproxy services"  # the command that shows what is programmed
+    connections_by: str = "conntrack -L --dst-nat"  # the command that shows what is translated
 
 
 #: The one table; the order is that of ``auto``.
@@ -38,16 +40,36 @@ TABLE = (
         "bpf",
         "BPF programs on sockets and devices",
         "Linux 5.10, cgroup v2, a BPF file system; CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON",
+        connections_by="ebpfproxy connections",
     ),
-    Mode("nftables", "one nftables table", "Linux 5.10, nft 1.0.1; CAP_NET_ADMIN"),
+    Mode(
+        "nftables",
+        "one nftables table",
+        "Linux 5.10, nft 1.0.1; CAP_NET_ADMIN",
+        services_by="nft list table ip ebpfproxy",
+    ),
     Mode(
         "ipvs",
         "IPVS, with ipsets and a few iptables rules",
         "IPVS in the kernel, ipset, iptables; CAP_NET_ADMIN",
         Scheduler.RR,
+        services_by="ipvsadm -Ln",
+        connections_by="ipvsadm -Lnc",
     ),
-    Mode("iptables", "iptables chains as kube-proxy makes them", "iptables 1.8; CAP_NET_ADMIN"),
-    Mode("userspace", "a proxy process for TCP and UDP", "nothing; CAP_NET_ADMIN for VIPs", Scheduler.RR),
+    Mode(
+        "iptables",
+        "iptables chains as kube-proxy makes them",
+        "iptables 1.8; CAP_NET_ADMIN",
+        services_by="iptables-save -t nat",
+    ),
+    Mode(
+        "userspace",
+        "a proxy process for TCP and UDP",
+        "nothing; CAP_NET_ADMIN for VIPs",
+        Scheduler.RR,
+        services_by="nft list table inet ebpfproxy-userspace",
+        connections_by="ss -tunp",
+    ),
 )
 
 
@@ -117,6 +139,11 @@ def names() -> tuple[str, ...]:
     """Return the modes that this version has, in the order of ``auto``."""
     here = Path(__file__).parent
     return tuple(each.name for each in TABLE if (here / each.name / "mode.py").exists())
+
+
+def find(name: str) -> Mode | None:
+    """Return the row of a mode, None if there is none of that name."""
+    return next((each for each in TABLE if each.name == name), None)
 
 
 def load(name: str) -> Plug:

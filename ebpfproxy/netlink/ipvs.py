@@ -11,14 +11,13 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from ebpfproxy.errors import KernelError, UnsupportedError
-from ebpfproxy.netlink.wire import REQUEST, Message, Wire, attributes, fail, pack
+from ebpfproxy.netlink.wire import REQUEST, Closing, Message, Wire, attributes, fail, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
 _NETLINK_GENERIC, _CONTROL, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 16, 16, 3, 1, 2
 _GENERIC = struct.Struct("=BBH")  # struct genlmsghdr
@@ -186,7 +185,7 @@ def _text(server: Server | Destination) -> str:
 # --- the kernel ---------------------------------------------------------------------------------------------
 
 
-class Ipvs:
+class Ipvs(Closing):
     """A socket to IPVS.
 
     Raises:
@@ -206,14 +205,6 @@ class Ipvs:
                 raise UnsupportedError("this kernel has no IPVS (module ip_vs)") from error
             raise
         (self._family,) = struct.unpack("=H", attributes(answer[_GENERIC.size :])[_FAMILY_ID])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close it; what was made stays."""

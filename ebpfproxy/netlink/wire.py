@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from ebpfproxy.errors import KernelError
@@ -32,7 +33,23 @@ class Message(NamedTuple):
     body: bytes
 
 
-class Wire:
+class Closing(ABC):
+    """Is closed at the end of a ``with`` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it."""
+
+
+class Wire(Closing):
     """A netlink socket.
 
     Args:
@@ -50,14 +67,6 @@ class Wire:
             self._socket.bind((0, 0))
         except OSError as error:
             raise KernelError(f"{what}: {error.strerror}", error.errno or 0) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close it."""

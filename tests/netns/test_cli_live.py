@@ -7,9 +7,13 @@ from contextlib import ExitStack
 from socket import SOCK_DGRAM, SOCK_STREAM
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import pytest
 import yaml
 
+from ebpfproxy.cli import desired
+from ebpfproxy.dataplane.bpf import view
+from ebpfproxy.model.services import Protocol
 from rig.agent import Agent
 from rig.objects import service
 from rig.probe import Probe
@@ -220,6 +224,45 @@ def test_explain_says_that_there_is_nobody(live: Live) -> None:
     found = explained(live, f"{known.EMPTY[0]}:80", "--from", NODE_IPS[0])
     assert found["matches"][0]["candidates"] == []
     assert "reject" in found["answer"] or "refuse" in found["answer"]
+
+
+EVERYTHING = [
+    (vip, port, protocol, source)
+    for vip, port in (
+        *(
+            (vip, 80)
+            for vips in (known.WEB, known.TERMINATING, known.EXTERNAL, known.GUARDED)
+            for vip in vips
+        ),
+        *((vip, 80) for vip in (known.EMPTY[0], known.LOCAL_INTERNAL[0], known.NODE_PORT[1], STICKY[1])),
+        *((node, port) for node in (*NODE_IPS, "127.0.0.1") for port in (30017, 30019, 30080)),
+    )
+    for protocol in Protocol
+    for source in (
+        None,
+        OUTSIDE_IPS[0] if "." in vip else OUTSIDE_IPS[1],
+        "127.0.0.1" if "." in vip else "::1",
+    )
+]
+
+
+def alike(match: view.Match) -> view.Match:
+    """Return what both ways know: source ranges in any order, and no client's affinity."""
+    words = " ".join(sorted(match.result.replace(",", "").split()))
+    return msgspec.structs.replace(match, affinity=None, result=words)
+
+
+def test_explain_says_the_same_from_the_maps_and_from_what_the_agent_wants(live: Live) -> None:
+    """Other modes have the second way alone."""
+    if not live.runs:
+        pytest.skip("the agent tells what it wants while it runs")
+    state = desired.read(live.agent.state_dir)
+    with view.open_maps(live.net.bpffs) as maps:
+        for asked in EVERYTHING:
+            read, wanted = view.explain(maps, *asked), desired.explain(state, *asked)
+            assert [alike(each) for each in wanted.matches] == [alike(each) for each in read.matches], asked
+            unused = read.answer.replace(": it is rejected, ", ", and ")
+            assert asked[3] is None or wanted.answer in {read.answer, unused}, asked
 
 
 def test_env(live: Live) -> None:

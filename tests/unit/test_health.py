@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from ebpfproxy import health
+from ebpfproxy import health, status
+from ebpfproxy.cli import desired
+from ebpfproxy.cli.exit_codes import NothingError
 from ebpfproxy.errors import KernelError
 from ebpfproxy.health import Bind, Health, LocalEndpoints, Site, Snapshot
 from ebpfproxy.metrics import Facts, Reading
 from ebpfproxy.model.services import Backend, DesiredState, Readiness
 from ebpfproxy.store import Reach
 from makers import cluster_ip, service
+from unit.fakes import until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from ebpfproxy.model.services import Service
 
@@ -189,6 +193,7 @@ def servers() -> Health:
     """Servers without a socket."""
     made = Health()
     made._sites = {Bind("", 1): Site("healthz"), Bind("", 2): Site("metrics"), Bind("", 3): WEB}
+    made._sites[Bind("", 5)] = Site("state")
     made._snapshot = Snapshot(
         state=DesiredState((checked([here("10.0.0.1")]),)), seen=float("inf"), facts=Facts(mode="bpf")
     )
@@ -244,3 +249,26 @@ def test_a_dataplane_that_can_not_be_read_leaves_the_other_metrics(servers: Heal
     head, body = ask(servers, Bind("", 2), "GET /metrics HTTP/1.1\r\n\r\n")
     assert "200 OK" in head
     assert "kubeproxy_sync_proxy_rules_last_timestamp_seconds" in body
+
+
+def test_the_desired_state_is_told_to_root_alone(servers: Health, tmp_path: Path) -> None:
+    path = tmp_path / status.SOCKET
+    (tmp_path / "old").touch()
+    (tmp_path / "old").rename(path)  # what an agent left that was killed
+    served = Health()
+    served.publish(msgspec.structs.replace(servers._snapshot, state_at=Bind(str(path)), seen=NOW))
+    try:
+        until(path.is_socket)
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert desired.read(tmp_path) == servers._snapshot.state
+    finally:
+        served.close()
+    assert not path.exists()
+    with pytest.raises(NothingError, match="ask the agent"):
+        desired.read(tmp_path)
+
+
+def test_before_the_first_sync_there_is_no_state(servers: Health) -> None:
+    servers._snapshot = Snapshot()
+    head, _ = ask(servers, Bind("", 5), "GET /state HTTP/1.0\r\n\r\n")
+    assert "404" in head

@@ -186,9 +186,7 @@ def unsupported(state: DesiredState) -> list[str]:
     found = [each for each in state.services if each.scheduler in counting]
     if not found:
         return []
-    names = list(dict.fromkeys(str(each.name) for each in found))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{capabilities.limit('nftables', 'lc')}: {', '.join(names[:3])}{more}"]
+    return [f"{capabilities.limit('nftables', 'lc')}: {capabilities.named(found)}"]
 
 
 def remove(families: tuple[int, ...]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ebpfproxy.dataplane.capabilities import named
 from ebpfproxy.model.services import FrontendKind, Policy, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ebpfproxy.model.services import DesiredState, Service
 
 
@@ -33,12 +32,12 @@ def unsupported(state: DesiredState, *, is_listening: bool) -> list[str]:
     sentences = []
     sctp = [each for each in state.services if each.protocol is Protocol.SCTP]
     if sctp:
-        sentences.append(f"SCTP needs sockets that Python and many kernels do not have: {_names(sctp)}")
+        sentences.append(f"SCTP needs sockets that Python and many kernels do not have: {named(sctp)}")
     local = [each for each in state.services if _keeps_sources(each)]
     if local:
         sentences.append(
             "externalTrafficPolicy Local chooses this node's backends, but they see the proxy's address, not "
-            f"the client's: {_names(local)}"
+            f"the client's: {named(local)}"
         )
     if is_listening:
         others = [
@@ -49,7 +48,7 @@ def unsupported(state: DesiredState, *, is_listening: bool) -> list[str]:
         if others:
             sentences.append(
                 "without rules, external and load-balancer IPs are served only where they are listed as "
-                f"addresses to listen on: {_names(others)}"
+                f"addresses to listen on: {named(others)}"
             )
     return sentences
 
@@ -58,8 +57,3 @@ def _keeps_sources(service: Service) -> bool:
     return service.external_policy is Policy.LOCAL and any(
         each.kind is not FrontendKind.CLUSTER_IP for each in service.frontends
     )
-
-
-def _names(services: Iterable[Service]) -> str:
-    names = list(dict.fromkeys(str(each.name) for each in services))
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

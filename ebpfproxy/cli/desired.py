@@ -1,0 +1,187 @@
+"""What the running agent wants of the dataplane, and what it makes of a new connection: in every mode."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ebpfproxy import status
+from ebpfproxy.cli.exit_codes import NothingError
+from ebpfproxy.dataplane.bpf.view import Candidate, Excluded, Explanation, Match
+from ebpfproxy.model.services import DesiredState, Empty, FrontendKind, Policy, Protocol, Readiness, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from ebpfproxy.model.services import Backend, Frontend, Pool, Service
+
+_TIMEOUT_S = 10.0
+#: Schedulers that do not give each backend a share by its weight.
+_EQUAL = (Scheduler.RR, Scheduler.LC, Scheduler.WLC, Scheduler.SED, Scheduler.NQ)
+
+
+def read(state_dir: Path) -> DesiredState:
+    """Return the desired state that the agent programmed last.
+
+    Raises:
+        NothingError: no agent runs with this state directory, or it has programmed nothing yet.
+    """
+    path = state_dir / status.SOCKET
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_TIMEOUT_S)
+            connection.connect(str(path))
+            connection.sendall(b"GET /state HTTP/1.0\r\n\r\n")
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise NothingError(f"ask the agent at {path} for the desired state: {error}") from error
+    if b" 200 " not in head.partition(b"\r\n")[0]:
+        raise NothingError(f"the agent at {path} has programmed nothing yet")
+    return msgspec.msgpack.decode(body, type=DesiredState)
+
+
+# --- pure: what happens to a connection ---------------------------------------------------------------
+
+
+def explain(
+    state: DesiredState, vip: str, port: int, protocol: Protocol, source: str | None = None
+) -> Explanation:
+    """Return what is to happen to a new connection to ``vip``:``port``.
+
+    Args:
+        state: what is wanted of the dataplane.
+        vip: destination address.
+        port: destination port.
+        protocol: transport.
+        source: the client's address; None: clients inside and outside are shown.
+    """
+    destination = f"{_endpoint(vip, port)}/{protocol}"
+    address = ipaddress.ip_address(vip)
+    looked_up = "127.0.0.1" if address.is_loopback and address.version == 4 else str(address)
+    mine = [service for service in state.services if service.name.family == address.version]
+    serves = {each for service in mine for each in service.frontends if _is_at(each, looked_up, state)}
+    if not serves:
+        answer = f"{vip} is no address of any Service here: its traffic is left alone"
+        return Explanation(destination, source or "", answer, ())
+    found = sorted(
+        (service.name, service, frontend)
+        for service in mine
+        if service.protocol is protocol
+        for frontend in service.frontends
+        if frontend.port == port and frontend in serves
+    )[:1]
+    # What comes from outside never reaches a loopback address.
+    scopes = [False] if address.is_loopback else [False, True]
+    if source is not None:
+        scopes = [_is_external(source, state)]
+    matches = tuple(
+        _match(service, frontend, source, is_external=scope)
+        for _, service, frontend in found
+        for scope in scopes
+    )
+    if matches:
+        sentences = dict.fromkeys(match.result for match in matches)
+        answer = (
+            next(iter(sentences))
+            if len(sentences) == 1
+            else "; ".join(f"{match.scope} traffic: {match.result}" for match in matches)
+        )
+    elif looked_up in state.addresses.local | state.addresses.serving:
+        answer = (
+            f"no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
+        )
+    else:
+        answer = f"no Service uses {destination}, and {vip} belongs to Services"
+    return Explanation(destination, source or "", answer, matches)
+
+
+def _is_at(frontend: Frontend, address: str, state: DesiredState) -> bool:
+    if frontend.kind is FrontendKind.NODE_PORT:
+        return address in state.addresses.serving
+    return frontend.address == address
+
+
+def _is_external(source: str, state: DesiredState) -> bool:
+    """Return which policy applies to a client: this node and its pods are inside."""
+    if ipaddress.ip_address(source).is_loopback or source in state.addresses.local:
+        return False
+    return not _is_in(source, state.local_sources)
+
+
+def _is_in(address: str, prefixes: Iterable[str]) -> bool:
+    return any(ipaddress.ip_address(address) in ipaddress.ip_network(each) for each in prefixes)
+
+
+def _match(service: Service, frontend: Frontend, source: str | None, *, is_external: bool) -> Match:
+    policy = service.policy(frontend.kind, is_external=is_external)
+    pool = service.pool(frontend.kind, is_external=is_external)
+    is_equal = service.scheduler in _EQUAL
+    total = sum(1 if is_equal else each.weight for each in pool.backends)
+    chosen = {(each.address, each.port) for each in pool.backends}
+    guard = service.source_ranges if service.has_source_ranges else None
+    return Match(
+        scope="external" if is_external else "internal",
+        frontend=f"{_endpoint(frontend.address or '*', frontend.port)}/{service.protocol}",
+        kind=frontend.kind.value,
+        service=str(service.name),
+        policy=policy.value,
+        scheduler=service.scheduler.value,
+        affinity_s=service.affinity_s,
+        result=_result(
+            str(service.name), pool, source, guard if frontend.kind is FrontendKind.LOAD_BALANCER else None
+        ),
+        candidates=tuple(
+            Candidate(
+                backend=_endpoint(each.address, each.port),
+                state=each.readiness.value,
+                weight=each.weight,
+                share=round((1 if is_equal else each.weight) / total, 4),
+                is_local=each.is_local,
+            )
+            for each in pool.backends
+        ),
+        excluded=tuple(
+            Excluded(_endpoint(each.address, each.port), _why_not(each, policy, pool))
+            for each in service.backends
+            if (each.address, each.port) not in chosen
+        ),
+    )
+
+
+def _result(name: str, pool: Pool, source: str | None, ranges: tuple[str, ...] | None) -> str:
+    """Return in one sentence what happens to a new connection."""
+    if ranges is not None and source is None:
+        shown = ", ".join(ranges) or "no range at all"
+        return f"goes to a backend of {name} if the client is in {shown}, else dropped"
+    if ranges is not None and source is not None and not _is_in(source, ranges):
+        return f"dropped: {source} is in none of the loadBalancerSourceRanges of {name}"
+    if not pool.backends and pool.on_empty is Empty.DROP:
+        return f"dropped: {name} has no usable backend on this node, and its traffic policy is Local"
+    if not pool.backends:
+        return f"rejected: {name} has no usable backend"
+    return f"goes to one of {len(pool.backends)} backends of {name}"
+
+
+def _why_not(backend: Backend, policy: Policy, pool: Pool) -> str:
+    """Return why a backend gets no new connections."""
+    if backend.readiness is Readiness.NOT_READY:
+        return "not ready"
+    if policy is Policy.LOCAL and not backend.is_local:
+        return "on another node, and the traffic policy is Local"
+    if not backend.weight:
+        return "weight 0: drained"
+    if backend.readiness is Readiness.TERMINATING and pool.backends:
+        return "terminating while others are ready"
+    if policy is Policy.CLUSTER and backend.is_hinted_elsewhere:
+        return "its topology hint names another zone or node"
+    return "not chosen"
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
