@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from rig import kernel, leaks
 from rig.process import HERE
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     # A run that is told to end cleans up as one that is interrupted from the keyboard.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A shell starts what goes to the background with SIGINT ignored, and children inherit that.
