@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ebpfproxy.loader import LoadOptions
 
 
+# The largest object takes as long to check as all others: those share the second thread, not its processor.
+THREADS = 2
+
+
 class LibbpfLoader:
     """Loads *.bpf.o files."""
 
@@ -57,9 +61,10 @@ class LibbpfLoader:
 
 
 def load_side_by_side(objects: Sequence[Object], meanwhile: Callable[[], object]) -> dict[str, Program]:
-    """Load objects whose maps are there, each in a thread: the kernel takes its time to check programs."""
-    with ThreadPoolExecutor(len(objects)) as threads:
-        loading = threads.map(Object.load, objects)
+    """Load objects whose maps are there, the largest first: the kernel takes its time to check programs."""
+    largest_first = sorted(objects, key=lambda each: each.path.stat().st_size, reverse=True)
+    with ThreadPoolExecutor(THREADS) as threads:
+        loading = threads.map(Object.load, largest_first)
         meanwhile()
         list(loading)
     return {name: each.program(name) for each in objects for name in each.programs}
