@@ -7,7 +7,6 @@ numbers of their maps. No map gets a number again while a program holds its firs
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import shutil
 from contextlib import ExitStack
@@ -66,10 +65,8 @@ def _take(directory: Path, wanted: Iterable[ProgramDefinition]) -> dict[str, Pro
         for each in wanted:
             try:
                 found[each.name] = Program.open(directory / each.name, each)
-            except KernelError as error:
-                if error.errno == errno.ENOENT:  # the run that pinned them died half-way, or there was none
-                    return None
-                raise
+            except KernelError:  # there was no such run, or it died half-way; whatever else, loading says it
+                return None
             undo.callback(found[each.name].close)
         undo.pop_all()
     return found

@@ -29,6 +29,7 @@ from ebpfproxy.model.services import (
     Policy,
     Protocol,
     Readiness,
+    Scheduler,
     Service,
 )
 from makers import cluster_ip, load_balancer, node_port, service, state
@@ -506,7 +507,7 @@ class TestView:
     def test_services_backends_and_usage(self, options: BpfOptions) -> None:
         ending = Backend("10.1.0.3", 8080, readiness=Readiness.TERMINATING)
         with running(options) as dataplane:
-            dataplane.sync(state(service("web", [A, B, ending], WEB.frontends)))
+            dataplane.sync(state(service("web", [A, B, ending], WEB.frontends, scheduler=Scheduler.RR)))
             with view.open_maps(options.bpffs) as maps:
                 (row,) = view.services(maps)
                 assert (row.name, row.protocol, row.family, row.scheduler) == ("default/web", "TCP", 4, "rr")

@@ -160,6 +160,30 @@ class TestTakeOver:
         assert rig.left() == ["ebpfproxy", "ebpfproxy/maps", *(f"ebpfproxy/maps/{name}" for name in NAMES)]
 
 
+class TestKept:
+    """Programs of an earlier run are taken over if the very same would be loaded."""
+
+    def test_what_makes_other_programs(self, rig: Rig) -> None:
+        kept = rig.bpffs / "ebpfproxy" / "programs"
+
+        def ids(**options: Any) -> dict[str, int]:
+            with rig.load(programs_dir=kept, **options) as loaded:
+                return {name: each.id for name, each in loaded.programs.items()}
+
+        first = ids()
+        assert ids() == first
+        for other in ({"config": {"node_port_max": 4711}}, {"sizes": {"names": 100}}):
+            changed = ids(**other)
+            assert not set(changed.values()) & set(first.values())
+            assert ids(**other) == changed
+            (only,) = kept.iterdir()
+            assert {path.name for path in only.iterdir()} == set(changed)
+
+    def test_nothing_is_kept_unless_asked_for(self, rig: Rig) -> None:
+        with rig.load() as first, rig.load() as second:
+            assert not {p.id for p in first.programs.values()} & {p.id for p in second.programs.values()}
+
+
 class TestResize:
     @pytest.mark.parametrize("size", [33, 128], ids=["smaller", "larger"])
     def test_all_entries_move(self, rig: Rig, size: int) -> None:
