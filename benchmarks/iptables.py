@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from benchmarks import state
-from benchmarks.figures import percentile
+from benchmarks.figures import percentile, timed_sync
 from ebpfproxy.dataplane.iptables.dataplane import IptablesDataplane
 from ebpfproxy.dataplane.xtables import XtablesOptions
 from ebpfproxy.model.services import (
@@ -54,14 +52,14 @@ def measure(count: int, backends: int, variant: str) -> dict[str, float]:
         dataplane = IptablesDataplane(XtablesOptions(Path(directory) / "sysctls", variant))
         dataplane.start()
         services = [service(number, backends) for number in range(count)]
-        figures = dict(zip(("first", "first cpu"), timed(dataplane, services), strict=True))
+        figures = dict(zip(("first", "first cpu"), timed_sync(dataplane, wanted(services)), strict=True))
         samples: dict[str, list[tuple[float, float]]] = {"endpoint": [], "added": [], "removed": []}
         for number in range(ROUNDS):
             at = number * count // ROUNDS
             services[at] = service(at, backends - 1 + 2 * (number % 2))
-            samples["endpoint"].append(timed(dataplane, services))
-            samples["added"].append(timed(dataplane, [*services, service(count, backends)]))
-            samples["removed"].append(timed(dataplane, services))
+            samples["endpoint"].append(timed_sync(dataplane, wanted(services)))
+            samples["added"].append(timed_sync(dataplane, wanted([*services, service(count, backends)])))
+            samples["removed"].append(timed_sync(dataplane, wanted(services)))
         for name, found in samples.items():
             figures[name] = percentile([wall for wall, _ in found], 50)
             figures[f"{name} cpu"] = percentile([cpu for _, cpu in found], 50)
@@ -69,15 +67,9 @@ def measure(count: int, backends: int, variant: str) -> dict[str, float]:
     return figures
 
 
-def timed(dataplane: IptablesDataplane, services: Sequence[Service]) -> tuple[float, float]:
-    """Return the milliseconds of one sync, by the clock and of processors."""
-    state = DesiredState(tuple(services), ADDRESSES)
-    clock, before = time.monotonic(), os.times()
-    dataplane.sync(state)
-    after = os.times()
-    return (time.monotonic() - clock) * 1000, sum(
-        b - a for a, b in zip(before[:4], after[:4], strict=True)
-    ) * 1000
+def wanted(services: Sequence[Service]) -> DesiredState:
+    """Return what a node with these Services wants."""
+    return DesiredState(tuple(services), ADDRESSES)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from tabulate import tabulate
 
 from benchmarks import state
 from benchmarks.compiled import compiled
-from benchmarks.figures import percentile
+from benchmarks.figures import percentile, timed_sync
 from ebpfproxy.config import Config
 from ebpfproxy.dataplane.chosen import ChosenDataplane
 from ebpfproxy.dataplane.modes import Site
@@ -51,15 +50,9 @@ def service(number: int, addresses: Sequence[str]) -> Service:
     return state.resolved(f"service-{number}", frontend, backends)
 
 
-def timed(dataplane: ChosenDataplane, services: Sequence[Service]) -> tuple[float, float]:
-    """Return the milliseconds of one sync, by the clock and of processors."""
-    state = DesiredState(tuple(services), ADDRESSES)
-    clock, before = time.monotonic(), os.times()
-    dataplane.sync(state)
-    after = os.times()
-    return (time.monotonic() - clock) * 1000, sum(
-        b - a for a, b in zip(before[:4], after[:4], strict=True)
-    ) * 1000
+def wanted(services: Sequence[Service]) -> DesiredState:
+    """Return what a node with these Services wants."""
+    return DesiredState(tuple(services), ADDRESSES)
 
 
 def middle(count: int) -> int:
@@ -80,17 +73,19 @@ def program(options: argparse.Namespace) -> dict[str, float]:
         )
         for n in range(1, count + 1)
     ]
-    figures = dict(zip(("first sync", "first sync cpu"), timed(dataplane, services), strict=True))
+    figures = dict(
+        zip(("first sync", "first sync cpu"), timed_sync(dataplane, wanted(services)), strict=True)
+    )
     samples = []
     for turn in range(options.changes):
         at = turn * 7919 % count
         if at + 1 != middle(count) or count == 1:
             addresses = options.first if count == 1 else state.endpoints(at + 1, options.endpoints)
             services[at] = service(at + 1, addresses[: len(addresses) - 1 + turn % 2])
-            samples.append(timed(dataplane, services))
+            samples.append(timed_sync(dataplane, wanted(services)))
             dataplane.tick()
     services[middle(count) - 1] = service(middle(count), options.first)
-    dataplane.sync(DesiredState(tuple(services), ADDRESSES))
+    dataplane.sync(wanted(services))
     for name, column in (("one change", 0), ("one change cpu", 1)):
         figures[name] = percentile([each[column] for each in samples], 50)
     figures["MiB of the agent"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
