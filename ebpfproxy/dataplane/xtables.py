@@ -149,7 +149,7 @@ class XtablesDataplane(ABC):
             return
         self._checked_s = now_s
         if self._forget_flushed():
-            log.warning("somebody flushed the rules of mode %s: writing them again", self.mode)
+            log.warning("somebody flushed what mode %s had made: writing it again", self.mode)
             self.sync(self._state)
 
     # -- inside ----------------------------------------------------------------------------------

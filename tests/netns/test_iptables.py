@@ -120,7 +120,7 @@ def test_a_flush_is_noticed_and_mended(node: Node, how: str) -> None:
                 else:
                     node.net.on_node_bare.run(tool, "-t", table, "-F")
         eventually(node.answers, "the rules to be there again", timeout_s=30)
-        assert "somebody flushed the rules" in node.agent.output()
+        assert "somebody flushed what mode iptables had made" in node.agent.output()
 
 
 def test_an_agent_that_starts_again_takes_its_chains_over(node: Node) -> None:
