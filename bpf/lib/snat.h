@@ -49,19 +49,13 @@ static __always_inline bool needs_snat(const struct service *service, const stru
 /* An answer to a question, and nothing after it: netfilter keeps it so long (nf_conntrack_udp_timeout). */
 #define UDP_OVER_NS (30 * NSEC_PER_SEC)
 
-/* Whether a flow that is among the new ones gives its port away where none is free. */
-static __always_inline bool is_spent(const struct scratch *room, const struct flow *flow)
+/* Whether a flow gives its port away where none is free. */
+static __always_inline bool is_spent(const struct scratch *room, const struct flow *flow,
+				     bool is_new)
 {
 	return is_closed(flow->state) ||
-	       (room->packet.flow.proto == IPPROTO_UDP &&
+	       (is_new && room->packet.flow.proto == IPPROTO_UDP &&
 		since(flow->last_seen_ns, room->flow.last_seen_ns) >= (__s64)UDP_OVER_NS);
-}
-
-static __always_inline bool is_new_spent(const struct scratch *room)
-{
-	struct flow *flow = map_lookup(new_flows, &room->twin_key);
-
-	return flow && is_spent(room, flow);
 }
 
 /* Frees the port of a flow that is over, whose reply entry room->twin_key names. */
@@ -70,7 +64,7 @@ static __always_inline bool free_port(struct scratch *room)
 	bool is_new;
 	struct flow *flow = find_flow(&room->twin_key, &is_new);
 
-	if (!flow || !(is_new ? is_spent(room, flow) : is_closed(flow->state)))
+	if (!flow || !is_spent(room, flow, is_new))
 		return false;
 	make_twin_key(&room->twin_key, flow, &room->spare_key);
 	delete_flow(&room->spare_key);
@@ -91,17 +85,18 @@ static __always_inline bool take_port(struct scratch *room)
 	for (__u32 i = 0; i < SNAT_TRIES; i++) {
 		__be16 port = bpf_htons(config.snat_port_min + (random + i * SNAT_STRIDE) % range);
 		struct flow *other;
+		bool is_new;
 
 		/* Another port costs SCTP its checksum (crc32c.h). */
 		if (!i && key->proto == IPPROTO_SCTP)
 			port = key->sport;
 		room->twin_key.dport = port;
-		other = map_lookup(conntrack, &room->twin_key);
+		other = find_flow(&room->twin_key, &is_new);
 		if (!other && !map_update(new_flows, &room->twin_key, &room->twin, BPF_NOEXIST)) {
 			room->flow.sport = port;
 			return true;
 		}
-		if (other ? is_closed(other->state) : is_new_spent(room))
+		if (other && is_spent(room, other, is_new))
 			closed = port;
 	}
 	room->twin_key.dport = closed;
@@ -112,10 +107,15 @@ static __always_inline bool take_port(struct scratch *room)
 	return true;
 }
 
-/* Remembers a new flow, whose forward value is room->flow. The oldest of the new flows make room. */
+/* Remembers a new flow, whose forward value is room->flow. The oldest of the new flows make room.
+ *
+ * Both maps are asked for the reply entry before it is inserted, where one would do: the processor then waits for
+ * the memory of both at the same time, and no longer at the insert, which takes locks.
+ */
 static __always_inline enum verdict add_flow(struct scratch *room)
 {
 	const struct flow_key *key = &room->packet.flow;
+	bool is_new;
 
 	if (!has_twin(&room->flow))
 		return map_update(new_flows, key, &room->flow, BPF_ANY) ? VERDICT_MAP_FULL
@@ -127,7 +127,8 @@ static __always_inline enum verdict add_flow(struct scratch *room)
 			return VERDICT_SNAT_FULL;
 	} else {
 		/* Where another VIP led the same client port to the same backend, the newer flow gets the replies. */
-		map_delete(conntrack, &room->twin_key);
+		if (find_flow(&room->twin_key, &is_new) && !is_new)
+			map_delete(conntrack, &room->twin_key);
 		if (map_update(new_flows, &room->twin_key, &room->twin, BPF_ANY))
 			return VERDICT_MAP_FULL;
 	}
