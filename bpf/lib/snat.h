@@ -85,7 +85,7 @@ static __always_inline bool take_port(struct scratch *room)
 	for (__u32 i = 0; i < SNAT_TRIES; i++) {
 		__be16 port = bpf_htons(config.snat_port_min + (random + i * SNAT_STRIDE) % range);
 		struct flow *other;
-		bool is_new;
+		bool is_new, is_old;
 
 		/* Another port costs SCTP its checksum (crc32c.h). */
 		if (!i && key->proto == IPPROTO_SCTP)
@@ -96,7 +96,8 @@ static __always_inline bool take_port(struct scratch *room)
 			room->flow.sport = port;
 			return true;
 		}
-		if (other && is_spent(room, other, is_new))
+		is_old = forget(room, other && is_spent(room, other, is_new));
+		if (is_old)
 			closed = port;
 	}
 	room->twin_key.dport = closed;
