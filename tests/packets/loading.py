@@ -13,8 +13,7 @@ import pytest
 
 from ebpfproxy.dataplane.bpf.attach import INITIAL_NETNS
 from ebpfproxy.libbpf import lib
-from ebpfproxy.loader import Loaded, LoadOptions, choose
-from ebpfproxy.loader.bcc import headers_problem
+from ebpfproxy.loader import Loaded, LoadOptions, bcc, choose
 from packets.node import NODE_PORTS, SECOND_NS, SNAT_PORTS, UDP_IDLE_S
 from rig import kernel
 
@@ -55,12 +54,16 @@ CONFIG = {
     | (lib.FEATURE_COARSE_CLOCK if kernel.is_since(5, 11) else 0),
 }
 
+#: A compiler on an emulated processor of a busy machine takes minutes.
+COMPILE_S = 1500
+
 
 @contextmanager
 def load(loader: str, host: kernel.Netns, sizes: Mapping[str, int]) -> Iterator[Loaded]:
     """Load the programs by one loader; ``sizes`` beside SIZES."""
     with pytest.MonkeyPatch.context() as patch, kernel.new_bpffs() as bpffs:
-        if loader == "bcc" and headers_problem(os.environ):
+        patch.setattr(bcc, "TIMEOUT_S", COMPILE_S)
+        if loader == "bcc" and bcc.headers_problem(os.environ):
             script = [ROOT / "scripts/bcc-headers"]
             made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
             patch.setenv("BCC_KERNEL_SOURCE", made.stdout.strip())

@@ -57,6 +57,7 @@ def test_no_ethernet_header(node: Node, netns: Netns, bpffs: Path, family: Famil
         f"{client}/{bits}",
         text="".join(f"{raw(sent).hex()}\n" for sent, _ in steps),
         env={"PYTHONPATH": str(ROOT)},
+        timeout_s=300,  # an emulated processor takes a minute to import it the first time
     )
     layer = IP if family is V4 else IPv6
     arrived = [raw(layer(bytes.fromhex(line))) for line in result.stdout.splitlines()]

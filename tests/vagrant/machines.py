@@ -34,7 +34,7 @@ class Machine(Place):
         known = {sys.executable: "python3", str(probe.CHILD): f"/opt/rig/{probe.CHILD.name}"}
         words = ["sudo", *(known.get(str(word), str(word)) for word in command)]
         return [
-            *["ssh", "-F", SSH_CONFIG, "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"],
+            *["ssh", "-F", SSH_CONFIG, "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60"],
             *["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6", self.name, shlex.join(words)],
         ]
 

@@ -16,10 +16,10 @@ import pytest
 
 from vm import kernels, machine
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--timeout=600")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--timeout=1800")
 
 
 class Inside(NamedTuple):
@@ -36,10 +36,13 @@ TESTS = [
     # Programs load, attach by links and by filters, are swapped, found again and removed.
     Inside(
         "tests/bpf/test_dataplane.py",
-        "TestLife or TestDevices or TestCleanup or every_view or cookie or features",
+        "a_restart or come_go or clsact_filters or links_follow or TestCleanup or every_view or cookie or "
+        "features",
     ),
-    # What every program does, but not with every length of packet.
-    Inside("tests/packets", "libbpf and not every_length and not test_random"),
+    # What every program does, but not with every length of packet, and not with 1,500 flows.
+    Inside("tests/packets", "libbpf and not every_length and not test_random and not run_out"),
+    # The same source as BCC's compiler makes it, older and for older processors: it loads, and translates.
+    Inside("tests/packets/test_translate.py", "bcc and not every_length"),
     # The agent and real traffic.
     Inside("tests/netns/test_services.py", "bpf"),
     # With the rights that deploy/ gives it.
@@ -69,7 +72,8 @@ def version(text: str) -> tuple[int, ...]:
 
 def run(kernel: kernels.Kernel, *command: str) -> str:
     """Return what a command printed under a kernel; it must end with 0."""
-    result = machine.run(kernel, command, timeout_s=1500)
+    result = machine.run(kernel, command, timeout_s=3000)
+    print(f"Linux {kernel.release}, {result.duration_s:.0f} s\n{result.output}")  # pytest -rP shows it
     assert result.status == 0, result.output
     return result.output
 
