@@ -46,7 +46,7 @@ static __always_inline enum verdict begin_received(struct origin *origin, __u64 
 	if (verdict)
 		return refuse(origin, service, verdict);
 	room->flow.flags |= FLOW_DSR_IN;
-	verdict = add_flow(room);
+	verdict = forget_path(room, add_flow(room));
 	if (verdict)
 		return refuse(origin, service, verdict);
 	open_backend(room->flow.service, room->flow.backend);
@@ -69,9 +69,8 @@ static __always_inline enum verdict track_received(struct origin *origin, __u64 
 		*found = go_on(origin, flow, is_new, now);
 		return VERDICT_ESTABLISHED;
 	}
-	if (!flow)
-		return begin_received(origin, now, found);
-	remove_flow(room, flow);
+	if (flow)
+		remove_flow(room, flow);
 	return begin_received(origin, now, found);
 }
 
