@@ -73,6 +73,11 @@ FEATURES = (
         {"bpf": "connect() and send() fail at once: there is no packet yet that could be dropped"},
     ),
     Feature(
+        "past-the-vip",
+        "a client's port that went through a VIP may go past it to the same backend at once",
+        {"ipvs": "for 10 s IPVS takes the backend's answers for those of the closed connection"},
+    ),
+    Feature(
         "reject-unused",
         "a VIP's port that no Service uses is refused at once",
         {"iptables": "as in kube-proxy the packet goes on to where the VIP is routed"},

@@ -301,8 +301,11 @@ def test_connection_stays_with_its_backend(world: World, family: int) -> None:
 
 @pytest.mark.parametrize("origin", BY_PACKET)
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
-def test_closed_connection_does_not_disturb_a_direct_one(world: World, origin: str, family: int) -> None:
+def test_closed_connection_does_not_disturb_a_direct_one(
+    world: World, request: pytest.FixtureRequest, origin: str, family: int
+) -> None:
     """The same client port goes to the same backend, first through the VIP, then past it."""
+    expect_limits(request, world.mode, "past-the-vip")
     pod = world.backends[0]
     source = ("::" if family else "0.0.0.0", 20001)  # below the ports that others are given
     options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]
