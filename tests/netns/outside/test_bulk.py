@@ -58,7 +58,7 @@ def world(request: pytest.FixtureRequest, nothing_left: None) -> Iterator[World]
         )
         objects = []
         for number, (name, pod) in enumerate(cluster.pods.items()):
-            # Says everything back, and ends when the client has ended. In blocks of PIPE_BUF: of larger ones a
+            # Says everything back, and ends when the client has ended. Blocks of PIPE_BUF: of larger ones a
             # pipe that poll(2) calls writable may take a part only, and socat waits for itself.
             echo = f"TCP6-LISTEN:{PORT},fork,reuseaddr,ipv6only=0"
             stack.enter_context(pod.place.start("socat", "-b", "4096", "-t", "10", echo, "PIPE"))
