@@ -44,7 +44,7 @@ test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux
 test-kube: build apt-demo apt-test apt-kube $(TEST_READY) ## the agent against a real Kubernetes API server, built once (ten minutes)
 	@$(BIN)/python -m pytest -q tests/kube $(ARGS)
 
-vagrant-test: build apt-vagrant $(TEST_READY) ## two nodes and a client in virtual machines, by Vagrant (an hour without KVM)
+vagrant-test: build apt-vagrant $(TEST_READY) ## two nodes and a client in virtual machines, by Vagrant (a quarter of an hour on a quiet machine)
 	@vagrant/test $(ARGS)
 
 test-unit: build $(TEST_READY) ## the tests that need no root
