@@ -1,6 +1,6 @@
 """Full maps: established flows never feel it, new ones are still served or refused and counted, and it shows.
 
-A flood is a packet each of EBPFPROXY_FLOOD_SOURCES sources (100,000 by default). The maps are tiny.
+A flood is a packet each of EBPFPROXY_FLOOD_SOURCES sources (a million by default). The maps are tiny.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
-SOURCES = int(os.environ.get("EBPFPROXY_FLOOD_SOURCES", "100000"))
+SOURCES = int(os.environ.get("EBPFPROXY_FLOOD_SOURCES", "1000000"))
 SIZES = {"conntrack": 64, "new_flows": 512, "affinity": 128, "fragments": 128}
 
 
