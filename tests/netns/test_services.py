@@ -140,7 +140,10 @@ def test_refused_at_once(
     errors = (ConnectionRefusedError, *([kernel.REFUSED] if origin in BY_SOCKET else []))
     if origin == "node" and transport != "tcp" and limit(world.mode, "reject-errno"):
         errors = (*errors, PermissionError)
-    with world.probes[origin].impatient(1), pytest.raises(errors):
+    # IPVS refuses by ICMP. An error that comes while connect() still holds its socket, as it may from another
+    # namespace of the same kernel, is only noted; the SYN that follows after a second is refused for good.
+    patience_s = 3 if world.mode == "ipvs" else 1
+    with world.probes[origin].impatient(patience_s), pytest.raises(errors):
         ask(world, origin, row.vips[family], row.port, transport)
 
 
