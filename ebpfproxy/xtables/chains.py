@@ -204,15 +204,16 @@ class Removal(NamedTuple):
     rules: dict[str, list[str]]  # table -> saved rules of the kernel's own chains that lead to what goes
 
 
-def removal(saved: Mapping[str, Saved], doomed: Iterable[Chain]) -> Removal:
-    """Return how to take the chains ``doomed`` away."""
+def removal(saved: Mapping[str, Saved], doomed: Iterable[Chain], rewritten: Iterable[Chain] = ()) -> Removal:
+    """Return how to take the chains ``doomed`` away, while ours that stay are ``rewritten``."""
     wanted = set(doomed)
+    own = wanted | set(rewritten)
     kept: set[Chain] = set()
     rules: dict[str, list[str]] = {}
     for table, found in saved.items():
         for rule in found.rules:
             goal = Chain(table, target(rule))
-            if goal not in wanted or Chain(table, source(rule)) in wanted:
+            if goal not in wanted or Chain(table, source(rule)) in own:
                 continue
             if source(rule) in BUILT_IN:
                 rules.setdefault(table, []).append(rule)

@@ -90,7 +90,7 @@ class Programmer:
             have = {Chain(table, name): _UNKNOWN for table in TABLES for name in _ours(saved[table])}
             present = {jump for jump in jumps if has_jump(saved[jump.table], jump)}
             delta = diff(have, full)
-            plan = removal(saved, delta.delete)
+            plan = removal(saved, delta.delete, full)
             removals = plan.rules
             delta = Delta({**delta.upsert, **dict.fromkeys(plan.kept, ())}, plan.chains)
         else:

@@ -57,6 +57,9 @@ class Node:
     def has_servers(self, is_wanted: bool) -> bool:
         return bool(self.saved()) is is_wanted
 
+    def has_chains(self, is_wanted: bool) -> bool:
+        return ("KUBE-SVC-" in self.run("iptables-save")) is is_wanted
+
     def clean(self) -> str:
         flags = ("--state-dir", self.agent.state_dir, "--bpffs", self.net.bpffs)
         return self.agent.cli("cleanup", *flags).stdout
@@ -176,6 +179,7 @@ def test_switch_from_and_to_iptables(node: Node) -> None:
             node.agent.mode = mode
             node.agent.start()
             assert set(pod.tcp(known.WEB[0], 80, 3)) == {"pod1"}
+            # What the old mode made goes once the new one is complete.
             eventually(partial(node.has_servers, has_servers), "virtual servers to come or go", timeout_s=60)
-            assert ("KUBE-SVC-" in node.run("iptables-save")) is not has_servers
+            eventually(partial(node.has_chains, not has_servers), "chains to come or go", timeout_s=60)
             assert set(pod.tcp(known.WEB[0], 80, 3)) == {"pod1"}

@@ -347,6 +347,14 @@ def test_removal_leaves_what_is_others() -> None:
     assert plan.rules == {"nat": [SAVED.rules[0]]}
 
 
+def test_what_led_to_a_chain_does_not_keep_it_when_it_is_written_anew() -> None:
+    """A switch from mode iptables to ipvs: KUBE-SERVICES stays, and leads to no endpoint any more."""
+    gone = Chain("nat", "KUBE-SEP-SXIVWICOYRO3J4NJ")
+    assert removal({"nat": SAVED}, [gone]).kept == [gone]
+    plan = removal({"nat": SAVED}, [gone], rewritten=[Chain("nat", "KUBE-SERVICES")])
+    assert (plan.chains, plan.kept, plan.rules) == ([gone], [], {})
+
+
 def test_unsupported_names_what_is_not_done() -> None:
     wanted = state(
         service(1, scheduler=Scheduler.MAGLEV),
