@@ -147,13 +147,8 @@ class TcpAcceptor:
         return None
 
     async def _dial(self, target: Target, timeout_s: float, ready: socket.socket | None) -> socket.socket:
-        sock = (
-            ready
-            if ready is not None
-            else socket.socket(
-                socket.AF_INET6 if ":" in target.address else socket.AF_INET, socket.SOCK_STREAM
-            )
-        )
+        family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
+        sock = ready or socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
