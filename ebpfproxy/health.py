@@ -25,6 +25,7 @@ import msgspec
 from ebpfproxy import log, metrics
 from ebpfproxy.diff import diff
 from ebpfproxy.errors import EbpfproxyError
+from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.model.services import DesiredState, Readiness, Service
 
 if TYPE_CHECKING:
@@ -436,8 +437,7 @@ def _unix_socket(path: str) -> socket.socket:
 def _address(bind: Bind) -> str:
     if _is_path(bind):
         return bind.host
-    host = f"[{bind.host}]" if ":" in bind.host else bind.host or "*"
-    return f"{host}:{bind.port}"
+    return endpoint(bind.host or "*", bind.port)
 
 
 def _purpose(site: Site) -> str:

@@ -10,13 +10,15 @@ import msgspec
 
 from ebpfproxy import status
 from ebpfproxy.cli.exit_codes import NothingError
-from ebpfproxy.dataplane.bpf.view import Candidate, Excluded, Explanation, Match
+from ebpfproxy.dataplane.bpf.view import NO_ADDRESS, OWN_ADDRESS, Candidate, Excluded, Match, explained
+from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.model.services import DesiredState, Empty, FrontendKind, Policy, Protocol, Readiness, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from ebpfproxy.dataplane.bpf.view import Explanation
     from ebpfproxy.model.services import Backend, Frontend, Pool, Service
 
 _TIMEOUT_S = 10.0
@@ -61,14 +63,13 @@ def explain(
         protocol: transport.
         source: the client's address; None: clients inside and outside are shown.
     """
-    destination = f"{_endpoint(vip, port)}/{protocol}"
+    destination = f"{endpoint(vip, port)}/{protocol}"
     address = ipaddress.ip_address(vip)
     looked_up = "127.0.0.1" if address.is_loopback and address.version == 4 else str(address)
     mine = [service for service in state.services if service.name.family == address.version]
     serves = {each for service in mine for each in service.frontends if _is_at(each, looked_up, state)}
     if not serves:
-        answer = f"{vip} is no address of any Service here: its traffic is left alone"
-        return Explanation(destination, source or "", answer, ())
+        return explained(destination, source, (), NO_ADDRESS.format(vip=vip))
     found = sorted(
         (service.name, service, frontend)
         for service in mine
@@ -85,20 +86,11 @@ def explain(
         for _, service, frontend in found
         for scope in scopes
     )
-    if matches:
-        sentences = dict.fromkeys(match.result for match in matches)
-        answer = (
-            next(iter(sentences))
-            if len(sentences) == 1
-            else "; ".join(f"{match.scope} traffic: {match.result}" for match in matches)
-        )
-    elif looked_up in state.addresses.local | state.addresses.serving:
-        answer = (
-            f"no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
-        )
+    if looked_up in state.addresses.local | state.addresses.serving:
+        otherwise = OWN_ADDRESS.format(destination=destination, vip=vip)
     else:
-        answer = f"no Service uses {destination}, and {vip} belongs to Services"
-    return Explanation(destination, source or "", answer, matches)
+        otherwise = f"no Service uses {destination}, and {vip} belongs to Services"
+    return explained(destination, source, matches, otherwise)
 
 
 def _is_at(frontend: Frontend, address: str, state: DesiredState) -> bool:
@@ -127,7 +119,7 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
     guard = service.source_ranges if service.has_source_ranges else None
     return Match(
         scope="external" if is_external else "internal",
-        frontend=f"{_endpoint(frontend.address or '*', frontend.port)}/{service.protocol}",
+        frontend=f"{endpoint(frontend.address or '*', frontend.port)}/{service.protocol}",
         kind=frontend.kind.value,
         service=str(service.name),
         policy=policy.value,
@@ -138,7 +130,7 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
         ),
         candidates=tuple(
             Candidate(
-                backend=_endpoint(each.address, each.port),
+                backend=endpoint(each.address, each.port),
                 state=each.readiness.value,
                 weight=each.weight,
                 share=round((1 if is_equal else each.weight) / total, 4),
@@ -147,7 +139,7 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
             for each in pool.backends
         ),
         excluded=tuple(
-            Excluded(_endpoint(each.address, each.port), _why_not(each, policy, pool))
+            Excluded(endpoint(each.address, each.port), _why_not(each, policy, pool))
             for each in service.backends
             if (each.address, each.port) not in chosen
         ),
@@ -181,7 +173,3 @@ def _why_not(backend: Backend, policy: Policy, pool: Pool) -> str:
     if policy is Policy.CLUSTER and backend.is_hinted_elsewhere:
         return "its topology hint names another zone or node"
     return "not chosen"
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

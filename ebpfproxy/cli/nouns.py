@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ebpfproxy.cli import pins
 from ebpfproxy.cli.exit_codes import ExitCode, NothingError
-from ebpfproxy.cli.output import Column, endpoint, seconds, show, size
+from ebpfproxy.cli.output import Column, seconds, show, size
 from ebpfproxy.dataplane.bpf import stats as counted
 from ebpfproxy.dataplane.bpf import view
 from ebpfproxy.errors import ConfigError
+from ebpfproxy.model.addresses import endpoint
 
 if TYPE_CHECKING:
     import argparse

@@ -70,11 +70,6 @@ def _cell(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
-def endpoint(address: str, port: int) -> str:
-    """Return ADDRESS:PORT, an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
 def seconds(value: float) -> str:
     """Return a duration as people read it: 45s, 3m20s, 2h05m, 3d04h."""
     whole = int(value)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import ebpfproxy
 from ebpfproxy.cli import kube_proxy_flags
 from ebpfproxy.dataplane import modes
+from ebpfproxy.model import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +90,7 @@ def end(text: str) -> str:
     if text.endswith("]"):
         return ip_address(text[1:-1])
     made = vip_port(text)
-    return f"[{made.vip}]:{made.port}" if ":" in made.vip else f"{made.vip}:{made.port}"
+    return addresses.endpoint(made.vip, made.port)
 
 
 def ip_address(text: str) -> str:

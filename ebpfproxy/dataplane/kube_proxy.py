@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ebpfproxy import netlink
 from ebpfproxy.diff import Delta
 from ebpfproxy.errors import DataplaneError
+from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.xtables import chains
 from ebpfproxy.xtables.chains import BUILT_IN, TABLES, Chain, source, target
 from ebpfproxy.xtables.names import is_of_service
@@ -157,7 +158,7 @@ class VirtualServer(NamedTuple):
         return _IPVS_PROTOCOLS[self.flag]
 
     def __str__(self) -> str:
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return endpoint(self.address, self.port)
 
 
 def virtual_servers(

@@ -34,6 +34,11 @@ def canonical(text: str) -> str:
     return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text))
 
 
+def endpoint(address: str, port: int) -> str:
+    """Return ADDRESS:PORT, an IPv6 address in brackets (RFC 3986 3.2.2)."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def family(address: str) -> int:
     """Return 4 or 6 for an address or a prefix that is known to be valid."""
     return 6 if ":" in address else 4

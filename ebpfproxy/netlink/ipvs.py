@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from ebpfproxy.errors import KernelError, UnsupportedError
+from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.netlink.wire import REQUEST, Closing, Message, Wire, attributes, fail, pack
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _u32(value: int) -> bytes:
 
 
 def _text(server: Server | Destination) -> str:
-    return f"[{server.address}]:{server.port}" if ":" in server.address else f"{server.address}:{server.port}"
+    return endpoint(server.address, server.port)
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------

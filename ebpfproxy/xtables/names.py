@@ -12,6 +12,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ebpfproxy.model import addresses
+
 if TYPE_CHECKING:
     from ebpfproxy.model.services import Backend, Service
 
@@ -83,8 +85,7 @@ def of_service(kind: str, service: Service) -> str:
 
 def endpoint(backend: Backend) -> str:
     """Return a backend as "10.0.0.1:80" or "[fd00::1]:80"."""
-    host = f"[{backend.address}]" if ":" in backend.address else backend.address
-    return f"{host}:{backend.port}"
+    return addresses.endpoint(backend.address, backend.port)
 
 
 def of_backend(service: Service, backend: Backend) -> str:

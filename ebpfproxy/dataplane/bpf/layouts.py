@@ -28,6 +28,12 @@ PROTOCOL_NUMBER = {
 }
 PROTOCOL_NAME = {number: protocol for protocol, number in PROTOCOL_NUMBER.items()}
 
+
+def protocol_name(number: int) -> str:
+    """Return a protocol as Services have it; one that they don't have as its number."""
+    return PROTOCOL_NAME[number].value if number in PROTOCOL_NAME else str(number)
+
+
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ebpfproxy.dataplane.bpf import view
-from ebpfproxy.dataplane.bpf.layouts import PROTOCOL_NAME, SERVICE_STATS
+from ebpfproxy.dataplane.bpf.layouts import SERVICE_STATS, protocol_name
 from ebpfproxy.metrics import Reading, ServiceCount
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def _services(maps: view.Maps) -> Iterator[ServiceCount]:
         name, _, port = text.partition(":")
         namespace, _, service = name.partition("/")
         stats = SERVICE_STATS.read(memory[number * size : (number + 1) * size])
-        protocol = PROTOCOL_NAME[proto].value if proto in PROTOCOL_NAME else str(proto)
         yield ServiceCount(
-            *(namespace, service, port, protocol, family),
+            *(namespace, service, port, protocol_name(proto), family),
             connections=stats.connections,
             refused=stats.refused,
             retried=stats.retried,

@@ -18,10 +18,10 @@ from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND_STATS,
     FLOW,
     FLOW_KEY,
-    PROTOCOL_NAME,
     SERVICE_STATS,
     Flow,
     FlowKey,
+    protocol_name,
     unpack_address,
     unpack_port,
 )
@@ -103,7 +103,7 @@ def services(maps: Maps, chosen: Chosen | None = None) -> list[ServiceStatsRow]:
         rows.append(
             ServiceStatsRow(
                 service=name,
-                protocol=protocol(proto),
+                protocol=protocol_name(proto),
                 family=family,
                 connections=stats.connections,
                 refused=stats.refused,
@@ -136,7 +136,7 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendStatsRow]:
         rows.append(
             BackendStatsRow(
                 service=names[backend.service][0],
-                protocol=protocol(backend.proto),
+                protocol=protocol_name(backend.proto),
                 address=unpack_address(backend.address),
                 port=unpack_port(backend.port),
                 connections=stats.connections,
@@ -148,8 +148,3 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendStatsRow]:
             )
         )
     return sorted(rows, key=lambda row: (row.service, row.protocol))
-
-
-def protocol(number: int) -> str:
-    """Return the name of a protocol."""
-    return PROTOCOL_NAME[number].value if number in PROTOCOL_NAME else str(number)

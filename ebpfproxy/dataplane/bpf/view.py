@@ -24,7 +24,6 @@ from ebpfproxy.dataplane.bpf.layouts import (
     FLOW,
     FLOW_KEY,
     LOCAL_SOURCE_KEY,
-    PROTOCOL_NAME,
     PROTOCOL_NUMBER,
     SERVICE,
     SERVICE_KEY,
@@ -42,6 +41,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     any_address,
     pack_address,
     pack_port,
+    protocol_name,
     unpack_address,
     unpack_port,
     unpack_slots,
@@ -49,10 +49,11 @@ from ebpfproxy.dataplane.bpf.layouts import (
 from ebpfproxy.dataplane.bpf.read import backend_columns, used_backends
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.libbpf import Map, ffi, lib
+from ebpfproxy.model import addresses
 from ebpfproxy.model.services import FrontendKind, Policy, Protocol, Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from typing import TypeAlias
 
     Chosen: TypeAlias = Callable[[str], bool]  # whether a service's name is asked for
@@ -75,6 +76,11 @@ _FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
 _SERVICE_KINDS = lib.VIP_CLUSTER_IP | lib.VIP_EXTERNAL_IP | lib.VIP_LOAD_BALANCER
 _NS = 1_000_000_000
 _ANY = (any_address(4), any_address(6))  # what a NodePort's VIP is in map services
+
+
+#: What is said of a destination that no Service has, whoever explains it.
+NO_ADDRESS = "{vip} is no address of any Service here: its traffic is left alone"
+OWN_ADDRESS = "no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
 
 
 class ServiceRow(msgspec.Struct, frozen=True):
@@ -286,21 +292,13 @@ def open_maps(bpffs: Path) -> Maps:
 
 def endpoint(address: bytes, port: bytes) -> str:
     """Return ADDRESS:PORT, an IPv6 address in brackets."""
-    return _endpoint(unpack_address(address), unpack_port(port))
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    return addresses.endpoint(unpack_address(address), unpack_port(port))
 
 
 def _frontend(key: ServiceKey) -> str:
     if key.vip in _ANY:
         return f"*:{unpack_port(key.port)}"
     return endpoint(key.vip, key.port)
-
-
-def _protocol(number: int) -> str:
-    return PROTOCOL_NAME[number].value if number in PROTOCOL_NAME else str(number)
 
 
 def _idle_s(stamp_ns: int) -> float:
@@ -326,7 +324,7 @@ def services(maps: Maps, chosen: Chosen | None = None) -> list[ServiceRow]:
         rows.append(
             ServiceRow(
                 name=name,
-                protocol=_protocol(proto),
+                protocol=protocol_name(proto),
                 family=family,
                 kinds=tuple(_KINDS[bit] for bit in sorted({value.kind for _, value in entries})),
                 frontends=_frontends(key for key, _ in entries),
@@ -393,7 +391,7 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
         rows.append(
             BackendRow(
                 service=names[backend.service][0] if backend.service in names else f"#{backend.service}",
-                protocol=_protocol(backend.proto),
+                protocol=protocol_name(backend.proto),
                 address=unpack_address(backend.address),
                 port=unpack_port(backend.port),
                 state=_STATES.get(backend.state, str(backend.state)),
@@ -432,7 +430,7 @@ def _flows(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Conne
         if key.dir == lib.FLOW_FORWARD:
             yield ConnectionRow(
                 kind=_flow_kind(flow.flags),
-                protocol=_protocol(key.proto),
+                protocol=protocol_name(key.proto),
                 client=endpoint(key.src, key.sport),
                 source=endpoint(flow.src, flow.sport) if flow.flags & lib.FLOW_SNAT else "",
                 vip=endpoint(key.dst, key.dport),
@@ -463,7 +461,7 @@ def _sockets(maps: Maps, names: dict[int, tuple[str, int, int]]) -> Iterator[Con
         if key.kind != lib.SOCKET_FROM_BACKEND:
             yield ConnectionRow(
                 kind="socket",
-                protocol=_protocol(key.proto),
+                protocol=protocol_name(key.proto),
                 client=f"socket {key.cookie}",
                 source="",
                 vip=endpoint(flow.vip, flow.vip_port),
@@ -575,38 +573,38 @@ def explain(maps: Maps, vip: str, port: int, protocol: Protocol, source: str | N
         protocol: transport.
         source: the client's address; None: both scopes are shown.
     """
-    destination = f"{_endpoint(vip, port)}/{protocol}"
+    destination = f"{addresses.endpoint(vip, port)}/{protocol}"
     address = ipaddress.ip_address(vip)
     looked_up = "127.0.0.1" if address.is_loopback and address.version == 4 else str(address)
     key = pack_address(looked_up)
     entry = maps["vips"].get(key)
     kinds = VIP.read(entry).kinds if entry is not None else 0
     if not kinds & ~lib.VIP_LOCAL:
-        answer = f"{vip} is no address of any Service here: its traffic is left alone"
-        return Explanation(destination, source or "", answer, ())
+        return explained(destination, source, (), NO_ADDRESS.format(vip=vip))
     # What comes from outside never reaches a loopback address.
     scopes = [lib.SCOPE_INTERNAL] if address.is_loopback else [lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL]
     if source is not None:
         scopes = [_scope_of(maps, source)]
-    matches = []
+    matches: list[Match] = []
     for scope in scopes:
         found = _find(maps, kinds, key, pack_port(port), PROTOCOL_NUMBER[protocol], scope)
         if found is not None:
             matches.append(_match(maps, *found, source))
-    if matches:
-        sentences = dict.fromkeys(match.result for match in matches)
-        answer = (
-            next(iter(sentences))
-            if len(sentences) == 1
-            else "; ".join(f"{match.scope} traffic: {match.result}" for match in matches)
-        )
-    elif kinds & (lib.VIP_LOCAL | lib.VIP_NODE):
-        answer = (
-            f"no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
-        )
+    if kinds & (lib.VIP_LOCAL | lib.VIP_NODE):
+        otherwise = OWN_ADDRESS.format(destination=destination, vip=vip)
     else:
-        answer = f"no Service uses {destination}: it is rejected, {vip} belongs to Services"
-    return Explanation(destination, source or "", answer, tuple(matches))
+        otherwise = f"no Service uses {destination}: it is rejected, {vip} belongs to Services"
+    return explained(destination, source, matches, otherwise)
+
+
+def explained(
+    destination: str, source: str | None, matches: Sequence[Match], otherwise: str = ""
+) -> Explanation:
+    """Return an explanation, whose answer is that of the matches; without any it is ``otherwise``."""
+    results = list(dict.fromkeys(match.result for match in matches)) or [otherwise]
+    if len(results) > 1:
+        results = [f"{match.scope} traffic: {match.result}" for match in matches]
+    return Explanation(destination, source or "", "; ".join(results), tuple(matches))
 
 
 def _scope_of(maps: Maps, source: str) -> int:
@@ -690,7 +688,7 @@ def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | Non
             row = _affinity_row(client, value, names, found, {service.id: service.affinity_s})
     return Match(
         scope=_SCOPES[key.scope],
-        frontend=f"{_frontend(key)}/{_protocol(proto)}",
+        frontend=f"{_frontend(key)}/{protocol_name(proto)}",
         kind=_KINDS.get(service.kind, str(service.kind)),
         service=name,
         policy=policy.value,
@@ -773,6 +771,7 @@ __all__ = [
     "backends",
     "connections",
     "explain",
+    "explained",
     "map_usage",
     "open_maps",
     "services",

@@ -16,6 +16,7 @@ import ipaddress
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.model.services import (
     MAGLEV_SIZES,
     Backend,
@@ -402,8 +403,7 @@ def header(family: int) -> str:
 
 
 def _endpoint(backend: Backend) -> str:
-    address = f"[{backend.address}]" if ":" in backend.address else backend.address
-    return f"{address}:{backend.port}"
+    return endpoint(backend.address, backend.port)
 
 
 def _family(address: str) -> int:
