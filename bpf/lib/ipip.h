@@ -33,12 +33,16 @@ static __always_inline __u32 tunnel_growth(const struct packet *packet, const st
 	return flow->flags & FLOW_DSR ? tunnel_size(packet->version) : 0;
 }
 
+/* What the header in front says of the packet inside. */
+static __always_inline __u8 tunnel_proto(const struct packet *packet)
+{
+	return packet->version == IP4_VERSION ? IPPROTO_IPIP : IPPROTO_IPV6;
+}
+
 /* Whether a packet may be one that another node sent: of one version inside and out, without options. */
 static __always_inline bool is_tunnelled(const struct packet *packet)
 {
-	__u8 next = packet->version == IP4_VERSION ? IPPROTO_IPIP : IPPROTO_IPV6;
-
-	return packet->next == next && !packet->fragment &&
+	return packet->next == tunnel_proto(packet) && !packet->fragment &&
 	       packet->l4 - packet->l3 == tunnel_size(packet->version);
 }
 

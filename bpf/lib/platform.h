@@ -150,8 +150,8 @@ const volatile struct config config = {.abi = ABI_VERSION, .stamp = STAMP};
 
 #endif
 
-/* CLOCK_MONOTONIC. Nothing here is as short as a tick of the kernel, and the exact time takes a fifth of what a packet
- * of an established flow does.
+/* CLOCK_MONOTONIC. Nothing here is as short as a tick of the kernel, and the exact time takes a quarter of what a
+ * packet of an established flow does.
  */
 static __always_inline __u64 now_ns(void)
 {

@@ -18,9 +18,7 @@
 /* Whether the error that read_error() has read is about a packet that this node encapsulated. */
 static __always_inline bool is_tunnel_error(const struct packet *packet, __u32 kinds)
 {
-	__u8 proto = packet->version == IP4_VERSION ? IPPROTO_IPIP : IPPROTO_IPV6;
-
-	return kinds & VIP_SNAT && packet->flow.proto == proto;
+	return kinds & VIP_SNAT && packet->flow.proto == tunnel_proto(packet);
 }
 
 /* The MTU that the error tells; 0: it is another error, or tells none (before RFC 1191). */
