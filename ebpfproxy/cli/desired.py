@@ -10,7 +10,15 @@ import msgspec
 
 from ebpfproxy import status
 from ebpfproxy.cli.exit_codes import NothingError
-from ebpfproxy.dataplane.bpf.view import NO_ADDRESS, OWN_ADDRESS, Candidate, Excluded, Match, explained
+from ebpfproxy.dataplane.explanation import (
+    NO_ADDRESS,
+    OWN_ADDRESS,
+    Candidate,
+    Excluded,
+    Match,
+    explained,
+    outcome,
+)
 from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.model.services import DesiredState, Empty, FrontendKind, Policy, Protocol, Readiness, Scheduler
 
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from ebpfproxy.dataplane.bpf.view import Explanation
+    from ebpfproxy.dataplane.explanation import Explanation
     from ebpfproxy.model.services import Backend, Frontend, Pool, Service
 
 _TIMEOUT_S = 10.0
@@ -116,7 +124,8 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
     is_equal = service.scheduler in _EQUAL
     total = sum(1 if is_equal else each.weight for each in pool.backends)
     chosen = {(each.address, each.port) for each in pool.backends}
-    guard = service.source_ranges if service.has_source_ranges else None
+    is_guarded = service.has_source_ranges and frontend.kind is FrontendKind.LOAD_BALANCER
+    ranges = service.source_ranges if is_guarded else None
     return Match(
         scope="external" if is_external else "internal",
         frontend=f"{endpoint(frontend.address or '*', frontend.port)}/{service.protocol}",
@@ -125,8 +134,13 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
         policy=policy.value,
         scheduler=service.scheduler.value,
         affinity_s=service.affinity_s,
-        result=_result(
-            str(service.name), pool, source, guard if frontend.kind is FrontendKind.LOAD_BALANCER else None
+        result=outcome(
+            str(service.name),
+            source,
+            ranges,
+            len(pool.backends),
+            is_within=source is not None and _is_in(source, ranges or ()),
+            is_dropped=pool.on_empty is Empty.DROP,
         ),
         candidates=tuple(
             Candidate(
@@ -144,20 +158,6 @@ def _match(service: Service, frontend: Frontend, source: str | None, *, is_exter
             if (each.address, each.port) not in chosen
         ),
     )
-
-
-def _result(name: str, pool: Pool, source: str | None, ranges: tuple[str, ...] | None) -> str:
-    """Return in one sentence what happens to a new connection."""
-    if ranges is not None and source is None:
-        shown = ", ".join(ranges) or "no range at all"
-        return f"goes to a backend of {name} if the client is in {shown}, else dropped"
-    if ranges is not None and source is not None and not _is_in(source, ranges):
-        return f"dropped: {source} is in none of the loadBalancerSourceRanges of {name}"
-    if not pool.backends and pool.on_empty is Empty.DROP:
-        return f"dropped: {name} has no usable backend on this node, and its traffic policy is Local"
-    if not pool.backends:
-        return f"rejected: {name} has no usable backend"
-    return f"goes to one of {len(pool.backends)} backends of {name}"
 
 
 def _why_not(backend: Backend, policy: Policy, pool: Pool) -> str:

@@ -11,20 +11,22 @@ import msgspec
 from ebpfproxy.cli import desired, output, pins
 from ebpfproxy.cli.exit_codes import ExitCode
 from ebpfproxy.cli.output import Column
-from ebpfproxy.dataplane.bpf import view
+from ebpfproxy.dataplane.bpf.explain import explain
 from ebpfproxy.model.services import Protocol
 
 if TYPE_CHECKING:
     import argparse
 
-_CANDIDATES: list[Column[view.Candidate]] = [
+    from ebpfproxy.dataplane.explanation import Candidate, Excluded, Explanation
+
+_CANDIDATES: list[Column[Candidate]] = [
     Column("CANDIDATE", lambda row: row.backend),
     Column("STATE", lambda row: row.state),
     Column("WEIGHT", lambda row: row.weight),
     Column("SHARE", lambda row: f"{row.share:.1%}"),
     Column("LOCAL", lambda row: "yes" if row.is_local else "no"),
 ]
-_EXCLUDED: list[Column[view.Excluded]] = [
+_EXCLUDED: list[Column[Excluded]] = [
     Column("NOT", lambda row: row.backend),
     Column("BECAUSE", lambda row: row.reason),
 ]
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     mode = pins.other_mode(arguments)
     if mode is None:
         with pins.open_maps(arguments.bpffs) as maps:
-            found = view.explain(maps, *asked)
+            found = explain(maps, *asked)
     else:
         found = desired.explain(desired.read(arguments.state_dir), *asked)
     if arguments.output in ("json", "yaml"):
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.OK if found.matches else ExitCode.NOTHING
 
 
-def _text(found: view.Explanation) -> list[str]:
+def _text(found: Explanation) -> list[str]:
     """Return an explanation for people, line by line."""
     source = f" from {found.source}" if found.source else ""
     lines = [f"{found.destination}{source}: {found.answer}"]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
+    from ebpfproxy.dataplane.explanation import AffinityRow
+
 T = TypeVar("T")
 
 
@@ -135,7 +137,7 @@ _TRAFFIC: list[Column[Any]] = [
 
 def affinity(arguments: argparse.Namespace) -> ExitCode:
     """List clients that go back to their backend."""
-    columns: list[Column[view.AffinityRow]] = [
+    columns: list[Column[AffinityRow]] = [
         Column("SERVICE", lambda row: row.service),
         Column("CLIENT", lambda row: row.client),
         Column("BACKEND", lambda row: row.backend),

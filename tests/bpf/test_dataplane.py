@@ -19,6 +19,7 @@ from ebpfproxy.dataplane.bpf import features, view
 from ebpfproxy.dataplane.bpf.attach import FILTER_PREFIX, NO_NETNS, netns_cookie, pin_name
 from ebpfproxy.dataplane.bpf.cleanup import cleanup
 from ebpfproxy.dataplane.bpf.dataplane import BpfDataplane, BpfOptions
+from ebpfproxy.dataplane.bpf.explain import explain
 from ebpfproxy.dataplane.bpf.layouts import U32
 from ebpfproxy.errors import DataplaneError, KernelError, MapFullError
 from ebpfproxy.libbpf import Link, Map, Object
@@ -561,13 +562,13 @@ class TestView:
     def test_explain_answers(
         self, explained: view.Maps, vip: str, port: int, source: str | None, answer: str
     ) -> None:
-        assert answer in view.explain(explained, vip, port, Protocol.TCP, source).answer
+        assert answer in explain(explained, vip, port, Protocol.TCP, source).answer
 
     def test_explain_says_why_not(self, explained: view.Maps) -> None:
-        (match,) = view.explain(explained, "192.0.2.9", 80, Protocol.TCP, "203.0.113.7").matches
+        (match,) = explain(explained, "192.0.2.9", 80, Protocol.TCP, "203.0.113.7").matches
         assert (match.scope, match.policy, match.service) == ("external", "Local", "default/web")
         assert [candidate.backend for candidate in match.candidates] == ["10.1.0.1:8080"]
-        (inner,) = view.explain(explained, "10.96.0.1", 80, Protocol.TCP, "10.244.0.9").matches
+        (inner,) = explain(explained, "10.96.0.1", 80, Protocol.TCP, "10.244.0.9").matches
         assert inner.scope == "internal"
         assert {each.backend: each.reason for each in match.excluded} == {
             "10.1.0.2:8080": "on another node, and the traffic policy is Local",

@@ -13,6 +13,7 @@ import yaml
 
 from ebpfproxy.cli import desired
 from ebpfproxy.dataplane.bpf import view
+from ebpfproxy.dataplane.bpf.explain import explain
 from ebpfproxy.model.services import Protocol
 from rig.agent import Agent
 from rig.objects import service
@@ -26,6 +27,7 @@ from .conftest import serving
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ebpfproxy.dataplane.explanation import Match
     from rig.probe import RemoteSocket
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -246,7 +248,7 @@ EVERYTHING = [
 ]
 
 
-def alike(match: view.Match) -> view.Match:
+def alike(match: Match) -> Match:
     """Return what both ways know: source ranges in any order, and no client's affinity."""
     words = " ".join(sorted(match.result.replace(",", "").split()))
     return msgspec.structs.replace(match, affinity=None, result=words)
@@ -259,7 +261,7 @@ def test_explain_says_the_same_from_the_maps_and_from_what_the_agent_wants(live:
     state = desired.read(live.agent.state_dir)
     with view.open_maps(live.net.bpffs) as maps:
         for asked in EVERYTHING:
-            read, wanted = view.explain(maps, *asked), desired.explain(state, *asked)
+            read, wanted = explain(maps, *asked), desired.explain(state, *asked)
             assert [alike(each) for each in wanted.matches] == [alike(each) for each in read.matches], asked
             unused = read.answer.replace(": it is rejected, ", ", and ")
             assert asked[3] is None or wanted.answer in {read.answer, unused}, asked

@@ -6,12 +6,11 @@ command answers at once.
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
@@ -23,8 +22,6 @@ from ebpfproxy.dataplane.bpf.layouts import (
     BACKEND_STATS,
     FLOW,
     FLOW_KEY,
-    LOCAL_SOURCE_KEY,
-    PROTOCOL_NUMBER,
     SERVICE,
     SERVICE_KEY,
     SERVICE_NAME,
@@ -32,55 +29,45 @@ from ebpfproxy.dataplane.bpf.layouts import (
     SLOT_SIZE,
     SOCKET_FLOW,
     SOCKET_KEY,
-    SOURCE_RANGE_KEY,
     U32,
-    VIP,
     BackendValue,
     ServiceKey,
     ServiceValue,
     any_address,
-    pack_address,
-    pack_port,
     protocol_name,
     unpack_address,
     unpack_port,
     unpack_slots,
 )
 from ebpfproxy.dataplane.bpf.read import backend_columns, used_backends
+from ebpfproxy.dataplane.explanation import AffinityRow
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.libbpf import Map, ffi, lib
 from ebpfproxy.model import addresses
-from ebpfproxy.model.services import FrontendKind, Policy, Protocol, Scheduler
+from ebpfproxy.model.services import FrontendKind, Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator
     from typing import TypeAlias
 
     Chosen: TypeAlias = Callable[[str], bool]  # whether a service's name is asked for
 
-_KINDS = {
+KINDS = {
     lib.VIP_CLUSTER_IP: FrontendKind.CLUSTER_IP.value,
     lib.VIP_EXTERNAL_IP: FrontendKind.EXTERNAL_IP.value,
     lib.VIP_LOAD_BALANCER: FrontendKind.LOAD_BALANCER.value,
     lib.VIP_NODE: FrontendKind.NODE_PORT.value,
 }
-_SCHEDULERS = {getattr(lib, f"SCHED_{each.name}"): each.value for each in Scheduler}
-_STATES = {
+SCHEDULERS = {getattr(lib, f"SCHED_{each.name}"): each.value for each in Scheduler}
+STATES = {
     lib.BACKEND_READY: "ready",
     lib.BACKEND_TERMINATING: "terminating",
     lib.BACKEND_NOT_READY: "not-ready",
     lib.BACKEND_GONE: "gone",
 }
-_SCOPES = {lib.SCOPE_INTERNAL: "internal", lib.SCOPE_EXTERNAL: "external"}
 _FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
-_SERVICE_KINDS = lib.VIP_CLUSTER_IP | lib.VIP_EXTERNAL_IP | lib.VIP_LOAD_BALANCER
 _NS = 1_000_000_000
 _ANY = (any_address(4), any_address(6))  # what a NodePort's VIP is in map services
-
-
-#: What is said of a destination that no Service has, whoever explains it.
-NO_ADDRESS = "{vip} is no address of any Service here: its traffic is left alone"
-OWN_ADDRESS = "no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
 
 
 class ServiceRow(msgspec.Struct, frozen=True):
@@ -132,16 +119,6 @@ class ConnectionRow(msgspec.Struct, frozen=True):
     idle_s: float  # since the last packet; of a connected socket since it was connected
 
 
-class AffinityRow(msgspec.Struct, frozen=True):
-    """The backend that a client goes back to."""
-
-    service: str
-    client: str  # an address, or the cookie of a network namespace
-    backend: str
-    idle_s: float
-    expires_s: float  # seconds left
-
-
 class MapRow(msgspec.Struct, frozen=True):
     """How full a map is."""
 
@@ -158,48 +135,6 @@ class VerdictRow(msgspec.Struct, frozen=True):
     verdict: str
     count: int  # packets, or calls
     bytes: int  # 0 for calls
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """A backend that new connections may go to."""
-
-    backend: str
-    state: str
-    weight: int
-    share: float  # of the slots, 0 to 1
-    is_local: bool
-
-
-class Excluded(msgspec.Struct, frozen=True):
-    """A backend that new connections do not go to."""
-
-    backend: str
-    reason: str
-
-
-class Match(msgspec.Struct, frozen=True):
-    """The frontend that matches under one scope."""
-
-    scope: str  # internal | external
-    frontend: str
-    kind: str
-    service: str
-    policy: str
-    scheduler: str
-    affinity_s: int
-    result: str  # one sentence
-    candidates: tuple[Candidate, ...]
-    excluded: tuple[Excluded, ...]
-    affinity: AffinityRow | None = None
-
-
-class Explanation(msgspec.Struct, frozen=True):
-    """What happens to a new connection, and why."""
-
-    destination: str
-    source: str  # "" = not given: every scope is shown
-    answer: str  # one sentence
-    matches: tuple[Match, ...]
 
 
 class Maps:
@@ -238,7 +173,7 @@ class Maps:
 
     def service_names(self) -> dict[int, tuple[str, int, int]]:
         """Return service id -> (name, protocol number, family)."""
-        return {U32.unpack(key)[0]: _name(value) for key, value in self["service_names"].items()}
+        return {U32.unpack(key)[0]: service_name(value) for key, value in self["service_names"].items()}
 
     def frontends(self, ids: Container[int] | None = None) -> list[tuple[ServiceKey, ServiceValue]]:
         """Return the entries of map services: all, or those of the services with these ids."""
@@ -264,7 +199,8 @@ class Maps:
         return unpack_slots(self["slots"].mmap()[start : start + service.slot_count * SLOT_SIZE])
 
 
-def _name(value: bytes) -> tuple[str, int, int]:
+def service_name(value: bytes) -> tuple[str, int, int]:
+    """Return (name, protocol number, family) of an entry of map service_names."""
     name = SERVICE_NAME.read(value)
     return name.text.rstrip(b"\0").decode(), name.proto, name.family
 
@@ -295,7 +231,8 @@ def endpoint(address: bytes, port: bytes) -> str:
     return addresses.endpoint(unpack_address(address), unpack_port(port))
 
 
-def _frontend(key: ServiceKey) -> str:
+def frontend(key: ServiceKey) -> str:
+    """Return ADDRESS:PORT of an entry of map services; a NodePort's address is "*"."""
     if key.vip in _ANY:
         return f"*:{unpack_port(key.port)}"
     return endpoint(key.vip, key.port)
@@ -326,9 +263,9 @@ def services(maps: Maps, chosen: Chosen | None = None) -> list[ServiceRow]:
                 name=name,
                 protocol=protocol_name(proto),
                 family=family,
-                kinds=tuple(_KINDS[bit] for bit in sorted({value.kind for _, value in entries})),
+                kinds=tuple(KINDS[bit] for bit in sorted({value.kind for _, value in entries})),
                 frontends=_frontends(key for key, _ in entries),
-                scheduler=_SCHEDULERS.get(first.scheduler, str(first.scheduler)),
+                scheduler=SCHEDULERS.get(first.scheduler, str(first.scheduler)),
                 backends_usable=len(maps.usable(value for _, value in entries)),
                 backends_total=total[number],
                 open=is_open[number],
@@ -369,7 +306,7 @@ def _tally(maps: Maps) -> tuple[Counter[int], Counter[int]]:
 def _frontends(keys: Iterable[ServiceKey]) -> tuple[str, ...]:
     """Return the frontends of a service port, those at addresses first."""
     found = {(key.vip in _ANY, key.port, key.vip): key for key in keys}
-    return tuple(_frontend(found[order]) for order in sorted(found))
+    return tuple(frontend(found[order]) for order in sorted(found))
 
 
 def _backend_stats(memory: memoryview, number: int) -> tuple[int, int]:
@@ -383,7 +320,7 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
     names, ids = _names(maps, chosen)
     usable = maps.usable(value for _, value in maps.frontends(ids))
     stats = maps["backend_stats"].mmap()
-    ejected_s = _ejected_s(maps)
+    ejected = ejections(maps)
     rows = []
     found = sorted(maps.backends(ids).items(), key=lambda item: (item[1].address, item[1].port))
     for number, backend in found:
@@ -394,12 +331,12 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
                 protocol=protocol_name(backend.proto),
                 address=unpack_address(backend.address),
                 port=unpack_port(backend.port),
-                state=_STATES.get(backend.state, str(backend.state)),
+                state=STATES.get(backend.state, str(backend.state)),
                 weight=backend.weight,
                 is_local=bool(backend.flags & lib.BACKEND_LOCAL),
                 is_hinted_elsewhere=bool(backend.flags & lib.BACKEND_HINT_ELSEWHERE),
-                is_usable=number in usable and number not in ejected_s,
-                ejected_s=ejected_s.get(number, 0.0),
+                is_usable=number in usable and number not in ejected,
+                ejected_s=ejected.get(number, 0.0),
                 open=max(0, is_open),
                 connections=connections,
                 id=number,
@@ -408,7 +345,7 @@ def backends(maps: Maps, chosen: Chosen | None = None) -> list[BackendRow]:
     return sorted(rows, key=lambda row: (row.service, row.protocol))
 
 
-def _ejected_s(maps: Maps) -> dict[int, float]:
+def ejections(maps: Maps) -> dict[int, float]:
     """Return the backends that are passed over for failing, and for how many seconds more."""
     now_ns = time.monotonic_ns()
     untils = maps["backend_health"].mmap().cast("Q")[:: BACKEND_HEALTH.size // 8].tolist()
@@ -481,18 +418,18 @@ def affinity(maps: Maps, chosen: Chosen | None = None) -> list[AffinityRow]:
     names, _ = _names(maps, chosen)
     found = maps.backends(ids)
     timeouts = {value.id: value.affinity_s for _, value in maps.frontends(ids)}
-    rows = (_affinity_row(key, value, names, found, timeouts) for key, value in entries)
+    rows = (affinity_row(key, value, names, found, timeouts) for key, value in entries)
     return sorted((row for row in rows if row), key=lambda row: (row.service, row.client))
 
 
-def _affinity_row(
+def affinity_row(
     key_bytes: bytes,
     value: bytes,
     names: dict[int, tuple[str, int, int]],
     found: dict[int, BackendValue],
     timeouts: dict[int, int],
 ) -> AffinityRow | None:
-    """Return an entry that still holds; None: it expired, or its backend or service is gone."""
+    """Return an entry of map affinity; None: it expired, or its backend or service is gone."""
     key, entry = AFFINITY_KEY.read(key_bytes), AFFINITY.read(value)
     backend = found.get(entry.backend)
     left_s = timeouts.get(key.service, 0) - (time.monotonic_ns() - entry.last_used_ns) / _NS
@@ -560,220 +497,27 @@ def verdicts(maps: Maps) -> list[VerdictRow]:
     return rows
 
 
-# -- explain -------------------------------------------------------------------------------------
-
-
-def explain(maps: Maps, vip: str, port: int, protocol: Protocol, source: str | None = None) -> Explanation:
-    """Return what happens to a new connection to ``vip``:``port``.
-
-    Args:
-        maps: open maps.
-        vip: destination address.
-        port: destination port.
-        protocol: transport.
-        source: the client's address; None: both scopes are shown.
-    """
-    destination = f"{addresses.endpoint(vip, port)}/{protocol}"
-    address = ipaddress.ip_address(vip)
-    looked_up = "127.0.0.1" if address.is_loopback and address.version == 4 else str(address)
-    key = pack_address(looked_up)
-    entry = maps["vips"].get(key)
-    kinds = VIP.read(entry).kinds if entry is not None else 0
-    if not kinds & ~lib.VIP_LOCAL:
-        return explained(destination, source, (), NO_ADDRESS.format(vip=vip))
-    # What comes from outside never reaches a loopback address.
-    scopes = [lib.SCOPE_INTERNAL] if address.is_loopback else [lib.SCOPE_INTERNAL, lib.SCOPE_EXTERNAL]
-    if source is not None:
-        scopes = [_scope_of(maps, source)]
-    matches: list[Match] = []
-    for scope in scopes:
-        found = _find(maps, kinds, key, pack_port(port), PROTOCOL_NUMBER[protocol], scope)
-        if found is not None:
-            matches.append(_match(maps, *found, source))
-    if kinds & (lib.VIP_LOCAL | lib.VIP_NODE):
-        otherwise = OWN_ADDRESS.format(destination=destination, vip=vip)
-    else:
-        otherwise = f"no Service uses {destination}: it is rejected, {vip} belongs to Services"
-    return explained(destination, source, matches, otherwise)
-
-
-def explained(
-    destination: str, source: str | None, matches: Sequence[Match], otherwise: str = ""
-) -> Explanation:
-    """Return an explanation, whose answer is that of the matches; without any it is ``otherwise``."""
-    results = list(dict.fromkeys(match.result for match in matches)) or [otherwise]
-    if len(results) > 1:
-        results = [f"{match.scope} traffic: {match.result}" for match in matches]
-    return Explanation(destination, source or "", "; ".join(results), tuple(matches))
-
-
-def _scope_of(maps: Maps, source: str) -> int:
-    """Return which policy applies to a client: this node and its pods are internal."""
-    address = ipaddress.ip_address(source)
-    if address.is_loopback or maps["vips"].get(pack_address(source)) is not None:
-        return int(lib.SCOPE_INTERNAL)
-    for prefix in map(LOCAL_SOURCE_KEY.read, maps.keys("local_sources")):
-        if _contains(prefix.prefixlen, prefix.source, source):
-            return int(lib.SCOPE_INTERNAL)
-    return int(lib.SCOPE_EXTERNAL)
-
-
-def _contains(bits: int, prefix: bytes, source: str) -> bool:
-    """Return whether an address lies in a prefix of the 16-byte form."""
-    shift = 128 - bits
-    return int.from_bytes(prefix, "big") >> shift == int.from_bytes(pack_address(source), "big") >> shift
-
-
-def _find(
-    maps: Maps, kinds: int, vip: bytes, port: bytes, proto: int, scope: int
-) -> tuple[ServiceKey, ServiceValue] | None:
-    """Return the entry of map services that the programs find."""
-    keys = []
-    if kinds & _SERVICE_KINDS:
-        keys.append(ServiceKey(vip, port, proto, scope))
-    if kinds & lib.VIP_NODE:
-        is_v4 = "." in unpack_address(vip)
-        keys.append(ServiceKey(any_address(4 if is_v4 else 6), port, proto, scope))
-    for key in keys:
-        value = maps["services"].get(SERVICE_KEY.write(key))
-        if value is not None:
-            return key, SERVICE.read(value)
-    return None
-
-
-def _match(maps: Maps, key: ServiceKey, service: ServiceValue, source: str | None) -> Match:
-    found = maps.backends((service.id,))
-    slots = Counter(maps.slots(service))
-    ejected_s = _ejected_s(maps) if service.flags & lib.SERVICE_EJECTS else {}
-    ejected = {number: ejected_s[number] for number in slots if number in ejected_s}
-    if len(ejected) == len(slots):
-        ejected = {}  # with nobody else to take, the programs take one of them
-    for number in ejected:
-        del slots[number]
-    policy = Policy.LOCAL if service.flags & lib.SERVICE_LOCAL else Policy.CLUSTER
-    mine = sorted(
-        found.items(),
-        key=lambda item: (item[1].address, item[1].port),
-    )
-    has_ready = any(found[number].state == lib.BACKEND_READY for number in slots if number in found)
-    candidates = tuple(
-        Candidate(
-            backend=endpoint(b.address, b.port),
-            state=_STATES.get(b.state, str(b.state)),
-            weight=b.weight,
-            share=round(slots[number] / slots.total(), 4),
-            is_local=bool(b.flags & lib.BACKEND_LOCAL),
-        )
-        for number, b in mine
-        if number in slots
-    )
-    excluded = tuple(
-        Excluded(
-            endpoint(b.address, b.port),
-            f"ejected for {ejected[number]:.0f} s more: its connections failed"
-            if number in ejected
-            else _why_not(b, policy, has_ready=has_ready),
-        )
-        for number, b in mine
-        if number not in slots
-    )
-    text = maps["service_names"].get(U32.pack(service.id))
-    name, proto, family = _name(text) if text is not None else (f"#{service.id}", key.proto, 0)
-    row = None
-    if source is not None and service.affinity_s:
-        client = AFFINITY_KEY.pack(pack_address(source), service.id, lib.CLIENT_ADDR)
-        value = maps["affinity"].get(client)
-        if value is not None:
-            names = {service.id: (name, proto, family)}
-            row = _affinity_row(client, value, names, found, {service.id: service.affinity_s})
-    return Match(
-        scope=_SCOPES[key.scope],
-        frontend=f"{_frontend(key)}/{protocol_name(proto)}",
-        kind=_KINDS.get(service.kind, str(service.kind)),
-        service=name,
-        policy=policy.value,
-        scheduler=_SCHEDULERS.get(service.scheduler, str(service.scheduler)),
-        affinity_s=service.affinity_s,
-        result=_result(maps, service, name, candidates, row, source),
-        candidates=candidates,
-        excluded=excluded,
-        affinity=row,
-    )
-
-
-def _result(
-    maps: Maps,
-    service: ServiceValue,
-    name: str,
-    candidates: tuple[Candidate, ...],
-    row: AffinityRow | None,
-    source: str | None,
-) -> str:
-    """Return in one sentence what happens to a new connection."""
-    if service.flags & lib.SERVICE_SOURCE_RANGES:
-        ranges = list(_source_ranges(maps, service.id))
-        if source is None:
-            shown = ", ".join(
-                f"{unpack_address(p)}/{b - 96 if '.' in unpack_address(p) else b}" for b, p in ranges
-            )
-            return (
-                f"goes to a backend of {name} if the client is in {shown or 'no range at all'}, else dropped"
-            )
-        if not any(_contains(bits, prefix, source) for bits, prefix in ranges):
-            return f"dropped: {source} is in none of the loadBalancerSourceRanges of {name}"
-    if not candidates:
-        if service.flags & lib.SERVICE_DROP_EMPTY:
-            return f"dropped: {name} has no usable backend on this node, and its traffic policy is Local"
-        return f"rejected: {name} has no usable backend"
-    if row is not None:
-        return f"goes to {row.backend} of {name}: session affinity"
-    return f"goes to one of {len(candidates)} backends of {name}"
-
-
-def _source_ranges(maps: Maps, service: int) -> Iterable[tuple[int, bytes]]:
-    for found in map(SOURCE_RANGE_KEY.read, maps.keys("source_ranges")):
-        if found.service == service:
-            yield found.prefixlen - 32, found.source
-
-
-def _why_not(backend: BackendValue, policy: Policy, *, has_ready: bool) -> str:
-    """Return why a backend is in no slot."""
-    reasons: dict[Any, str] = {
-        lib.BACKEND_GONE: "removed; established connections go on",
-        lib.BACKEND_NOT_READY: "not ready",
-    }
-    if backend.state in reasons:
-        return reasons[backend.state]
-    if policy is Policy.LOCAL and not backend.flags & lib.BACKEND_LOCAL:
-        return "on another node, and the traffic policy is Local"
-    if not backend.weight:
-        return "weight 0: drained"
-    if backend.state == lib.BACKEND_TERMINATING and has_ready:
-        return "terminating while others are ready"
-    if policy is Policy.CLUSTER and backend.flags & lib.BACKEND_HINT_ELSEWHERE:
-        return "its topology hint names another zone or node"
-    return "not in the slots"
-
-
 __all__ = [
+    "KINDS",
+    "SCHEDULERS",
+    "STATES",
     "AffinityRow",
     "BackendRow",
-    "Candidate",
     "ConnectionRow",
-    "Excluded",
-    "Explanation",
     "MapRow",
     "Maps",
-    "Match",
     "ServiceRow",
     "VerdictRow",
     "affinity",
+    "affinity_row",
     "backends",
     "connections",
-    "explain",
-    "explained",
+    "ejections",
+    "endpoint",
+    "frontend",
     "map_usage",
     "open_maps",
+    "service_name",
     "services",
     "verdicts",
 ]
