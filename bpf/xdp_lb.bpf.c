@@ -98,11 +98,17 @@ int xdp_lb(struct xdp_md *ctx)
 	struct scratch *room = get_scratch();
 	enum verdict verdict = VERDICT_CONTINUE;
 	int action = XDP_PASS;
+	__u64 start, end;
 
 	if (room)
 		verdict = translate(ctx, room, &action);
 	if (verdict == VERDICT_CONTINUE)
 		return XDP_PASS;
-	count(verdict, ctx->data_end - ctx->data);
+	/* Half of a pointer can't be put aside, and they are pointers until they are numbers. */
+	start = ctx->data;
+	end = ctx->data_end;
+	barrier_var(start);
+	barrier_var(end);
+	count(verdict, end - start);
 	return is_refusal(verdict) ? XDP_DROP : action;
 }

@@ -46,7 +46,7 @@ static __always_inline enum verdict begin_received(struct origin *origin, __u64 
 	if (verdict)
 		return refuse(origin, service, verdict);
 	room->flow.flags |= FLOW_DSR_IN;
-	verdict = forget_path(room, add_flow(room));
+	verdict = forget_path(room, add_flow());
 	if (verdict)
 		return refuse(origin, service, verdict);
 	open_backend(room->flow.service, room->flow.backend);

@@ -13,8 +13,12 @@
  *	config.node_port_min, atomic_add(&stats->connections, 1)
  *
  * A static function becomes part of its caller (BCC has no calls between BPF functions): write
- * `static __always_inline`. All kernel and helper includes stand here and nowhere else. The name of a
- * map or program has at most 15 characters.
+ * `static __always_inline`. All kernel and helper includes stand here and nowhere else. The name of a map or
+ * program has at most 15 characters.
+ *
+ * Where many paths lead to a long function, write `SEPARATE`: with libbpf it is a function of its own, which the
+ * verifier walks once, and not once for each path. It takes numbers alone (Linux 5.10 allows no pointers there) and
+ * finds the packet in the scratch; of what it returns the verifier knows nothing.
  */
 #ifndef EBPFPROXY_PLATFORM_H
 #define EBPFPROXY_PLATFORM_H
@@ -77,6 +81,7 @@
 #ifdef LOADER_BCC
 
 #define SEC(name)
+#define SEPARATE	 static __always_inline
 #define LICENSE(text)	 struct license_is_bcc_default
 #define barrier()	 asm volatile("" ::: "memory")
 #define barrier_var(var) asm volatile("" : "+r"(var))
@@ -124,6 +129,8 @@ static long (*helper_redirect_neigh)(__u32 device, void *params, int size,
 #define bpf_ntohl(x) ((__u32)__builtin_bswap32((__u32)(x)))
 
 #else
+
+#define SEPARATE __attribute__((noinline))
 
 /* clang-format off */
 #define LICENSE(text) char _license[] SEC("license") = text

@@ -70,14 +70,13 @@ static __always_inline __u32 equal_bit(__u32 a, __u32 b)
  *
  * Without branches, also none of the compiler's making: the verifier walks every path of every round.
  */
-static __always_inline __u32 least_cost(const struct service *service)
+SEPARATE __u32 least_cost(__u32 base, __u32 count, __u32 scheduler)
 {
-	__u32 count = service->slot_count, base = service->slot_base, best = 0;
-	__u32 start, is_small = (__s32)(count - SCAN_MAX - 1) >> 31;
+	__u32 best = 0, start, is_small = (__s32)(count - SCAN_MAX - 1) >> 31;
 	__u64 best_cost = COST_MAX, best_weight = 1;
-	__u64 weightless = equal_bit(service->scheduler, SCHED_LC);
-	__u64 always = equal_bit(service->scheduler, SCHED_SED);
-	__u64 if_busy = equal_bit(service->scheduler, SCHED_NQ);
+	__u64 weightless = equal_bit(scheduler, SCHED_LC);
+	__u64 always = equal_bit(scheduler, SCHED_SED);
+	__u64 if_busy = equal_bit(scheduler, SCHED_NQ);
 
 	barrier_var(is_small);
 	start = random_below(count) & ~is_small;
@@ -138,7 +137,7 @@ static __always_inline __u32 schedule(const struct service *service, const struc
 	case SCHED_WLC:
 	case SCHED_SED:
 	case SCHED_NQ:
-		return least_cost(service);
+		return least_cost(service->slot_base, service->slot_count, service->scheduler);
 	default:
 		index = random_below(service->slot_count);
 	}

@@ -108,16 +108,21 @@ static __always_inline bool take_port(struct scratch *room)
 	return true;
 }
 
-/* Remembers a new flow, whose forward value is room->flow. The oldest of the new flows make room.
+/* Remembers the packet's flow, which is new and whose forward value is in the scratch. The oldest of the new flows
+ * make room.
  *
  * Both maps are asked for the reply entry before it is inserted, where one would do: the processor then waits for
  * the memory of both at the same time, and no longer at the insert, which takes locks.
  */
-static __always_inline enum verdict add_flow(struct scratch *room)
+SEPARATE enum verdict add_flow(void)
 {
-	const struct flow_key *key = &room->packet.flow;
+	struct scratch *room = get_scratch();
+	const struct flow_key *key;
 	bool is_new;
 
+	if (!room)
+		return VERDICT_MAP_FULL;
+	key = &room->packet.flow;
 	if (!has_twin(&room->flow))
 		return map_update(new_flows, key, &room->flow, BPF_ANY) ? VERDICT_MAP_FULL
 									: VERDICT_CONTINUE;

@@ -117,8 +117,7 @@ static __always_inline enum verdict begin_flow(struct origin *origin, __u32 kind
 		return refuse(origin, service,
 			      service->flags & SERVICE_DROP_EMPTY ? VERDICT_DROP_EMPTY
 								  : VERDICT_REJECT_EMPTY);
-	verdict =
-		make_flow(origin, service, backend, id, source & SOURCE_OWN, now) ?: add_flow(room);
+	verdict = make_flow(origin, service, backend, id, source & SOURCE_OWN, now) ?: add_flow();
 	if (verdict == VERDICT_NOT_OURS)
 		return verdict;
 	if (verdict)
