@@ -45,7 +45,9 @@ connection that it translates has ended.
 
 `ebpfproxy explain VIP:PORT` says in every mode who gets a connection, and why others don't: in mode `bpf`
 from the maps, in others from what the running agent wants (it answers at `agent.sock` in the state directory,
-root alone). The commands that list read the maps of mode `bpf`; in other modes they name those of this table.
+root alone). So do `ebpfproxy services` and `ebpfproxy backends`, which count connections in mode
+`bpf` alone. The other commands that list read the maps of mode `bpf`; in other modes they name those of this
+table.
 
 | mode | Services and backends | connections |
 |---|---|---|

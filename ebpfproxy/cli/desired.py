@@ -1,4 +1,4 @@
-"""What the running agent wants of the dataplane, and what it makes of a new connection: in every mode."""
+"""What the running agent wants of the dataplane, as rows, and for a new connection: in every mode."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ebpfproxy.dataplane.explanation import (
     explained,
     outcome,
 )
+from ebpfproxy.dataplane.rows import BackendRow, ServiceRow
 from ebpfproxy.model.addresses import endpoint
 from ebpfproxy.model.services import DesiredState, Empty, FrontendKind, Policy, Protocol, Readiness, Scheduler
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from ebpfproxy.dataplane.bpf.view import Chosen
     from ebpfproxy.dataplane.explanation import Explanation
+    from ebpfproxy.dataplane.modes import Mode
     from ebpfproxy.model.services import Backend, Frontend, Pool, Service
 
 _TIMEOUT_S = 10.0
@@ -54,6 +57,88 @@ def read(state_dir: Path) -> DesiredState:
     if b" 200 " not in head.partition(b"\r\n")[0]:
         raise NothingError(f"the agent at {path} has programmed nothing yet")
     return msgspec.msgpack.decode(body, type=DesiredState)
+
+
+def note(mode: Mode) -> str:
+    """Return what rows and explanations from the desired state are, and what shows the rest."""
+    return (
+        f"This is what the agent wants in mode {mode.name}; `{mode.services_by}` shows what the kernel has, "
+        f"`{mode.connections_by}` its connections."
+    )
+
+
+# --- pure: rows -----------------------------------------------------------------------------------------
+
+
+def services(state: DesiredState, chosen: Chosen | None = None) -> list[ServiceRow]:
+    """Return the ports of all or the ``chosen`` Services by name, protocol, family; nothing is counted."""
+    rows = [
+        ServiceRow(
+            name=str(service.name),
+            protocol=service.protocol.value,
+            family=service.name.family,
+            kinds=tuple(each.value for each in FrontendKind if each in {f.kind for f in service.frontends}),
+            frontends=tuple(
+                endpoint(each.address or "*", each.port)
+                for each in sorted(service.frontends, key=_by_address)
+            ),
+            scheduler=service.scheduler.value,
+            backends_usable=len(_usable(service)),
+            backends_total=len(service.backends),
+            open=None,
+            connections=None,
+            refused=None,
+            affinity_s=service.affinity_s,
+        )
+        for service in state.services
+        if chosen is None or chosen(str(service.name))
+    ]
+    return sorted(rows, key=lambda row: (row.name, row.protocol, row.family))
+
+
+def backends(state: DesiredState, chosen: Chosen | None = None) -> list[BackendRow]:
+    """Return the backends of all or the ``chosen`` Services by Service, address, port; nothing is counted."""
+    rows = [
+        BackendRow(
+            service=str(service.name),
+            protocol=service.protocol.value,
+            address=each.address,
+            port=each.port,
+            state=each.readiness.value,
+            weight=each.weight,
+            is_local=each.is_local,
+            is_hinted_elsewhere=each.is_hinted_elsewhere,
+            is_usable=(each.address, each.port) in usable,
+            ejected_s=0.0,
+            open=None,
+            connections=None,
+            id=None,
+        )
+        for service in state.services
+        if chosen is None or chosen(str(service.name))
+        for usable in (_usable(service),)
+        for each in service.backends
+    ]
+    return sorted(rows, key=lambda row: (row.service, row.protocol, _number(row.address), row.port))
+
+
+def _usable(service: Service) -> set[tuple[str, int]]:
+    """Return address and port of the backends that new connections may go to."""
+    return {
+        (backend.address, backend.port)
+        for frontend in service.frontends
+        for is_external in (False, True)
+        for backend in service.pool(frontend.kind, is_external=is_external).backends
+    }
+
+
+def _by_address(frontend: Frontend) -> tuple[bool, int, int]:
+    """Order frontends: those at addresses first, as the maps are read."""
+    return not frontend.address, frontend.port, _number(frontend.address) if frontend.address else 0
+
+
+def _number(address: str) -> int:
+    return int(ipaddress.ip_address(address))
 
 
 # --- pure: what happens to a connection ---------------------------------------------------------------

@@ -47,10 +47,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     else:
         print("\n".join(_text(found)))
         if mode is not None:
-            print(
-                f"\nThis is what the agent wants in mode {mode.name}; `{mode.services_by}` shows what the "
-                f"kernel has, `{mode.connections_by}` its connections."
-            )
+            print(f"\n{desired.note(mode)}")
     return ExitCode.OK if found.matches else ExitCode.NOTHING
 
 

@@ -1,11 +1,15 @@
-"""The commands that list rows of the pinned maps: services, backends, connections, affinity, stats, maps."""
+"""The commands that list rows: services, backends, connections, affinity, stats, maps.
+
+They read the pinned maps. Where another mode than bpf serves, services and backends ask the running agent.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ebpfproxy.cli import pins
+from ebpfproxy.cli import desired, pins
 from ebpfproxy.cli.exit_codes import ExitCode, NothingError
 from ebpfproxy.cli.output import Column, seconds, show, size
 from ebpfproxy.dataplane.bpf import stats as counted
@@ -17,14 +21,15 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from ebpfproxy.dataplane.explanation import AffinityRow
+    from ebpfproxy.dataplane.rows import AffinityRow, BackendRow, ServiceRow
+    from ebpfproxy.model.services import DesiredState
 
 T = TypeVar("T")
 
 
 def services(arguments: argparse.Namespace) -> ExitCode:
     """List the ports of Services."""
-    columns: list[Column[view.ServiceRow]] = [
+    columns: list[Column[ServiceRow]] = [
         Column("SERVICE", lambda row: row.name),
         Column("TYPE", lambda row: row.kinds),
         Column("PROTOCOL", lambda row: row.protocol),
@@ -37,12 +42,12 @@ def services(arguments: argparse.Namespace) -> ExitCode:
         Column("CONNECTIONS", lambda row: row.connections),
         Column("REFUSED", lambda row: row.refused, is_wide=True),
     ]
-    return _list(arguments, view.services, columns, "no Services are programmed")
+    return _list(arguments, view.services, columns, "no Services are programmed", desired.services)
 
 
 def backends(arguments: argparse.Namespace) -> ExitCode:
     """List backends."""
-    columns: list[Column[view.BackendRow]] = [
+    columns: list[Column[BackendRow]] = [
         Column("SERVICE", lambda row: row.service),
         Column("PROTOCOL", lambda row: row.protocol),
         Column("BACKEND", lambda row: endpoint(row.address, row.port)),
@@ -56,7 +61,7 @@ def backends(arguments: argparse.Namespace) -> ExitCode:
         Column("CONNECTIONS", lambda row: row.connections),
         Column("ID", lambda row: row.id, is_wide=True),
     ]
-    return _list(arguments, view.backends, columns, "no Service has backends")
+    return _list(arguments, view.backends, columns, "no Service has backends", desired.backends)
 
 
 def connections(arguments: argparse.Namespace) -> ExitCode:
@@ -166,27 +171,51 @@ def _list(
     read: Callable[[view.Maps, view.Chosen | None], Sequence[T]],
     columns: Sequence[Column[T]],
     empty: str,
+    of_agent: Callable[[DesiredState, view.Chosen | None], Sequence[T]] | None = None,
 ) -> ExitCode:
     """Print the rows that the filters leave.
 
+    Args:
+        arguments: of the command line.
+        read: makes the rows from the maps.
+        columns: of a table.
+        empty: said where there is nothing.
+        of_agent: makes the rows from what the agent wants, for modes that have no maps; None: it can't.
+
     Raises:
-        NothingError: the Service that was named is not programmed.
+        NothingError: the Service that was named is not programmed, or another mode serves.
     """
     is_chosen = arguments.namespace or arguments.service
     matches = service_filter(arguments.namespace, arguments.service) if is_chosen else None
-    with pins.maps_for(arguments) as opened:
-        if matches and arguments.service and not view.services(opened, matches):
-            raise NothingError(
-                f"no Service {arguments.service} is programmed"
-                + (f" in namespace {arguments.namespace}" if arguments.namespace else "")
-                + "; `ebpfproxy services` lists them (headless and ExternalName ones are for DNS only)"
-            )
-        rows = read(opened, matches)
+    mode = pins.other_mode(arguments) if of_agent is not None else None
+    if mode is not None and of_agent is not None:
+        state = desired.read(arguments.state_dir)
+        _check_named(arguments, matches, desired.services(state, matches))
+        rows = of_agent(state, matches)
+    else:
+        with pins.maps_for(arguments) as opened:
+            if arguments.service:
+                _check_named(arguments, matches, view.services(opened, matches))
+            rows = read(opened, matches)
     protocol = getattr(arguments, "protocol", None)
     if protocol:
         rows = [row for row in rows if _protocol(row) == protocol]
     show(rows, columns, arguments.output, empty="nothing matches" if is_chosen or protocol else empty)
+    if mode is not None and arguments.output in ("table", "wide"):
+        print(f"\n{desired.note(mode)}", file=sys.stderr)
     return ExitCode.OK
+
+
+def _check_named(
+    arguments: argparse.Namespace, matches: view.Chosen | None, found: Sequence[ServiceRow]
+) -> None:
+    """Raise NothingError if a Service was named and there is none of that name."""
+    if matches and arguments.service and not found:
+        raise NothingError(
+            f"no Service {arguments.service} is programmed"
+            + (f" in namespace {arguments.namespace}" if arguments.namespace else "")
+            + "; `ebpfproxy services` lists them (headless and ExternalName ones are for DNS only)"
+        )
 
 
 def _protocol(row: Any) -> str:

@@ -33,8 +33,8 @@ def maps_for(arguments: argparse.Namespace) -> view.Maps:
     if mode := other_mode(arguments):
         raise NothingError(
             f"mode {mode.name} serves here, and {arguments.command} reads the maps of mode bpf: use "
-            f"`{mode.services_by}` for Services and backends, `{mode.connections_by}` for connections, "
-            "`ebpfproxy explain` for one VIP"
+            "`ebpfproxy services`, `backends` and `explain` for what is wanted, "
+            f"`{mode.services_by}` for what the kernel has, `{mode.connections_by}` for connections"
         )
     return open_maps(arguments.bpffs)
 

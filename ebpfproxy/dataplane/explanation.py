@@ -9,19 +9,11 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ebpfproxy.dataplane.rows import AffinityRow
+
 #: What is said of a destination that no Service has.
 NO_ADDRESS = "{vip} is no address of any Service here: its traffic is left alone"
 OWN_ADDRESS = "no Service uses {destination}; {vip} is this node's own address, so the packet is left alone"
-
-
-class AffinityRow(msgspec.Struct, frozen=True):
-    """The backend that a client goes back to."""
-
-    service: str
-    client: str  # an address, or the cookie of a network namespace
-    backend: str
-    idle_s: float
-    expires_s: float  # seconds left
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -267,6 +267,24 @@ def test_explain_says_the_same_from_the_maps_and_from_what_the_agent_wants(live:
             assert asked[3] is None or wanted.answer in {read.answer, unused}, asked
 
 
+def test_rows_are_the_same_from_the_maps_and_from_what_the_agent_wants(live: Live) -> None:
+    """But for what only the maps know: what was counted, and backends that are gone."""
+    if not live.runs:
+        pytest.skip("the agent tells what it wants while it runs")
+    state = desired.read(live.agent.state_dir)
+    uncounted = {"open": None, "connections": None}
+    with view.open_maps(live.net.bpffs) as maps:
+        read = [msgspec.structs.replace(each, **uncounted, refused=None) for each in view.services(maps)]
+        assert desired.services(state) == read
+        of_maps = [
+            msgspec.structs.replace(each, **uncounted, id=None)
+            for each in view.backends(maps)
+            if each.state != "gone"
+        ]
+    assert len(of_maps) > 10
+    assert desired.backends(state) == of_maps
+
+
 def test_env(live: Live) -> None:
     state = ["--state-dir", str(live.agent.state_dir)]
     text = live.agent.cli("env", "default", *state).stdout

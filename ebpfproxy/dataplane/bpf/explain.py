@@ -28,7 +28,6 @@ from ebpfproxy.dataplane.bpf.layouts import (
 from ebpfproxy.dataplane.explanation import (
     NO_ADDRESS,
     OWN_ADDRESS,
-    AffinityRow,
     Candidate,
     Excluded,
     Explanation,
@@ -42,6 +41,8 @@ from ebpfproxy.model.services import Policy, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from ebpfproxy.dataplane.rows import AffinityRow
 
 _SCOPES = {lib.SCOPE_INTERNAL: "internal", lib.SCOPE_EXTERNAL: "external"}
 _SERVICE_KINDS = lib.VIP_CLUSTER_IP | lib.VIP_EXTERNAL_IP | lib.VIP_LOAD_BALANCER

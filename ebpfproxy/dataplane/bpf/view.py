@@ -40,7 +40,7 @@ from ebpfproxy.dataplane.bpf.layouts import (
     unpack_slots,
 )
 from ebpfproxy.dataplane.bpf.read import backend_columns, used_backends
-from ebpfproxy.dataplane.explanation import AffinityRow
+from ebpfproxy.dataplane.rows import AffinityRow, BackendRow, ServiceRow
 from ebpfproxy.errors import DataplaneError
 from ebpfproxy.libbpf import Map, ffi, lib
 from ebpfproxy.model import addresses
@@ -68,41 +68,6 @@ STATES = {
 _FIN_BOTH = lib.FLOW_FIN_FORWARD | lib.FLOW_FIN_REPLY
 _NS = 1_000_000_000
 _ANY = (any_address(4), any_address(6))  # what a NodePort's VIP is in map services
-
-
-class ServiceRow(msgspec.Struct, frozen=True):
-    """One port of a Service in one IP family."""
-
-    name: str
-    protocol: str
-    family: int
-    kinds: tuple[str, ...]
-    frontends: tuple[str, ...]  # ADDRESS:PORT; a NodePort's address is "*"
-    scheduler: str
-    backends_usable: int
-    backends_total: int
-    open: int  # connections open now
-    connections: int  # accepted ever
-    refused: int  # ever
-    affinity_s: int  # 0 = none
-
-
-class BackendRow(msgspec.Struct, frozen=True):
-    """One backend of a Service."""
-
-    service: str
-    protocol: str
-    address: str
-    port: int
-    state: str  # ready | terminating | not-ready | gone
-    weight: int
-    is_local: bool
-    is_hinted_elsewhere: bool
-    is_usable: bool  # new connections may go there
-    ejected_s: float  # passed over for so long, for it failed; 0 = it is not
-    open: int
-    connections: int  # ever
-    id: int
 
 
 class ConnectionRow(msgspec.Struct, frozen=True):
@@ -501,12 +466,9 @@ __all__ = [
     "KINDS",
     "SCHEDULERS",
     "STATES",
-    "AffinityRow",
-    "BackendRow",
     "ConnectionRow",
     "MapRow",
     "Maps",
-    "ServiceRow",
     "VerdictRow",
     "affinity",
     "affinity_row",
