@@ -15,6 +15,7 @@ from ebpfproxy.dataplane.bpf.epochs import HopWatch
 from ebpfproxy.dataplane.bpf.features import program_features, usable
 from ebpfproxy.dataplane.bpf.gc import Collector, Timeouts
 from ebpfproxy.dataplane.bpf.xdp import PROGRAM, XdpAttachments
+from ebpfproxy.dataplane.capabilities import named
 from ebpfproxy.errors import DataplaneError, KernelError, LoadError, MapFullError, UnsupportedError
 from ebpfproxy.libbpf import lib
 from ebpfproxy.loader import Loaded, LoadOptions, choose
@@ -307,20 +308,15 @@ def _full_error(failures: Sequence[tuple[Service | None, MapFullError]]) -> MapF
 def unsupported(state: DesiredState) -> list[str]:
     """Return one sentence for each thing in ``state`` that the BPF dataplane does not do. Pure."""
     sentences = []
-
-    def names(services: list[Service]) -> str:
-        shown = ", ".join(str(service.name) for service in services[:3])
-        return shown + (f" and {len(services) - 3} more" if len(services) > 3 else "")
-
     sctp = [s for s in state.services if s.protocol is Protocol.SCTP]
     if sctp:
         sentences.append(
-            f"SCTP works for traffic that enters this node, not for sockets on it: {names(sctp)}"
+            f"SCTP works for traffic that enters this node, not for sockets on it: {named(sctp)}"
         )
     ranges = [s for s in state.services if s.has_source_ranges]
     if ranges:
         sentences.append(
             "loadBalancerSourceRanges: sockets on this node that are not bound to an address in them are "
-            f"left to the real load balancer: {names(ranges)}"
+            f"left to the real load balancer: {named(ranges)}"
         )
     return sentences
