@@ -38,7 +38,7 @@ completion: build ## install shell completion for bash and zsh system-wide
 test: build apt-test $(TEST_READY) ## every test, as root: unit, scenarios, packets, namespaces (ARGS= for pytest)
 	@scripts/test $(ARGS)
 
-test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux 5.10, 6.1, 6.8 and 6.12, in virtual machines (half an hour)
+test-vm: build apt-demo apt-test apt-vm $(TEST_READY) ## the product under Linux 5.10, 6.1, 6.8 and 6.12, in virtual machines (an hour and a half)
 	@$(BIN)/python -m pytest -q --numprocesses 2 tests/vm $(ARGS)
 
 test-kube: build apt-demo apt-test apt-kube $(TEST_READY) ## the agent against a real Kubernetes API server, built once (ten minutes)

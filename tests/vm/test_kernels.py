@@ -116,7 +116,7 @@ def test_demo(kernel: kernels.Kernel) -> None:
 class TestMachine:
     """The virtual machine itself."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def kernel(self) -> kernels.Kernel:
         try:
             return kernels.fetch("6.1")
