@@ -118,6 +118,8 @@ def _read6(frame: bytes | bytearray, l3: int) -> Wire | None:
             length += frame[l4 + 1] * 8
         following = frame[l4]
         l4 += length
+    if offset:  # RFC 8200 4.5: only the first fragment says for all what they carry
+        following = FRAGMENT
     return Wire(
         6, l3, l4, end, following, offset, is_fragment, addresses, _ports(frame, l4, following, offset)
     )
